@@ -1,0 +1,294 @@
+"""LoRA: the small trainable adapter into which the prompt is internalised.
+
+LoRA (arXiv 2106.09685, section 4.1), on all seven linear layers of a block as in QLoRA. The weight
+W (N, K) is frozen, plain or NF4, and gets a correction of rank R:
+
+    y = W x + alpha / R * B A dropout(x),     A (R, K) ~ kaiming uniform,     B (N, R) = 0
+
+so that an untrained adapter changes nothing. Since the correction is a sum it can be switched off
+(one set of weights serves as teacher and as student) or folded in: W + alpha / R * B A.
+
+An adapter is a folder in the format of Hugging Face PEFT, which PEFT and vLLM load as it is:
+
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight and ...lora_B.weight in
+                                 float32; the metadata hold the adapter's own name
+    adapter_config.json          rank, alpha, dropout, target modules, base model
+
+Left out: LoRA on embeddings and norms, DoRA, rsLoRA, ranks that differ between layers, several
+adapters at a time. Nothing here knows the model's class: layers are found by their names.
+
+Letters: N outputs, K inputs, R rank.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quant import NF4Linear, dequantize_nf4
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # PEFT's wrappers around the model, part of every name in the file
+UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+               "modules_to_save", "lora_bias")  # fmt: skip
+COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+          "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus its low-rank correction: x (..., K) -> (..., N)."""
+
+    def __init__(self, base: nn.Linear | NF4Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.enabled = True
+        device = next(iter(base.state_dict().values())).device
+        # float32 on any base: steps of 1e-4 are lost in the 8 significant bits of a bfloat16
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)  # U(-1/sqrt K, 1/sqrt K), as in PEFT
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.dropout, self.training)
+        low = F.linear(x, self.lora_A.to(x.dtype))  # (..., R)
+        return y + self.alpha / self.rank * F.linear(low, self.lora_B.to(x.dtype))
+
+
+def add_lora(
+    model: nn.Module, rank: int = 16, alpha: float = 32, dropout: float = 0.05, targets=TARGETS
+) -> nn.Module:
+    """Freeze the model, put LoRA around each linear layer whose name ends in a target, return it.
+
+    A is drawn from torch's global random state. Raises: ValueError for values that cannot work.
+    """
+    layers = _target_layers(model, targets)
+    if not layers or lora_layers(model):
+        what = "has LoRA layers already" if layers else f"has no linear layer named {targets}"
+        raise ValueError(f"the model {what}: pass a LLaMA-like model as load_model returns it")
+    side, name = min((min(m.in_features, m.out_features), name) for name, m in layers.items())
+    if not 1 <= rank <= side:
+        raise ValueError(f"rank {rank} is outside 1..{side}, the smaller side of {name}: lower it")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} is outside [0, 1): the paper's code takes 0.05")
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout).train(layer.training))
+    return model
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """List the LoRA layers by module name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """List A and B of every LoRA layer: all that is trained."""
+    return list(_adapter(model).values())
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Make the model its own base inside a `with` block; afterwards each layer is as it was."""
+    before = [(layer, layer.enabled) for layer in lora_layers(model).values()]
+    try:
+        for layer, _ in before:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.enabled = enabled
+
+
+def _target_layers(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Module]:
+    linear, named = (nn.Linear, NF4Linear, LoRALinear), model.named_modules()
+    return {n: m for n, m in named if n.rpartition(".")[2] in targets and isinstance(m, linear)}
+
+
+def _adapter(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every A and B by its name in the file."""
+    ends, named = ("lora_A", "lora_B"), model.named_parameters()
+    return {f"{PREFIX}{n}.weight": p for n, p in named if n.rpartition(".")[2] in ends}
+
+
+# ------------------------------------------------------------------------------------------- merge
+
+
+@torch.no_grad()
+def merge(
+    model: nn.Module, folder: str | Path | None = None, source: str | Path | None = None
+) -> nn.Module:
+    """Make every LoRA and NF4 layer a plain nn.Linear with the adapter folded in; return the model.
+
+    In place, and doing it twice changes nothing. With `folder` the result is also written as a
+    plain checkpoint, beside the config and tokenizer files of `source`, the base's own folder.
+    Raises: ValueError, before the model is changed, when source is no checkpoint or is folder.
+    """
+    config = _source_config(folder, source) if folder is not None else None
+    for name, layer in lora_layers(model).items():
+        plain = _plain(layer.base)
+        delta = layer.alpha / layer.rank * layer.lora_B @ layer.lora_A  # (N, K)
+        plain.weight.copy_(plain.weight.float() + delta)  # added in float32, rounded once
+        model.set_submodule(name, plain)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, NF4Linear):
+            model.set_submodule(name, _plain(layer))
+    if folder is not None:
+        _save_checkpoint(model, Path(folder), Path(source), config)
+    return model
+
+
+def _plain(layer: nn.Linear | NF4Linear) -> nn.Linear:
+    if isinstance(layer, nn.Linear):
+        return layer
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(dequantize_nf4(layer.nf4), requires_grad=False)
+    return plain
+
+
+def _source_config(folder: str | Path, source: str | Path | None) -> dict:
+    if source is None or not (file := Path(source) / "config.json").is_file():
+        raise ValueError(f"source {source} has no config.json: give the base checkpoint's folder")
+    if Path(folder).resolve() == Path(source).resolve():
+        raise ValueError(f"folder {folder} is the base checkpoint itself: choose another folder")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _save_checkpoint(model: nn.Module, folder: Path, source: Path, config: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # A shared parameter is listed once, so a tied lm_head is left out, as its format asks for.
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder)
+    _write(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
+    _write_json(folder / "config.json", config)
+
+
+# ------------------------------------------------------------------------------------ save and load
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, base_model: str | None = None, name: str | None = None
+) -> str:
+    """Write the adapter in PEFT's format and return its name.
+
+    `base_model` is the path or id of the checkpoint that it belongs to. The default name is made
+    from a hash of the content: two adapters behind one server never share it.
+    """
+    weights = {key: p.detach().float().cpu().contiguous() for key, p in _adapter(model).items()}
+    if not weights:
+        raise ValueError("the model has no LoRA layers to save: call add_lora first")
+    layers, folder = lora_layers(model), Path(folder)
+    config = _settings(layers) | {
+        "lora_dropout": next(iter(layers.values())).dropout,
+        "base_model_name_or_path": base_model,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "inference_mode": True,
+    }
+    name = name or _content_name(config, weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "name": name}
+    _write(folder / WEIGHTS, lambda path: save_file(weights, path, metadata))
+    _write_json(folder / CONFIG, config)
+    return name
+
+
+def load_adapter(model: nn.Module, folder: str | Path, base_model: str | None = None) -> str:
+    """Load an adapter of ours or PEFT's, adding LoRA layers where there are none; return its name.
+
+    Raises: ValueError, before the model is changed, for files that are missing or damaged and for
+    an adapter of another base model (if one is given), rank, alpha, target or shape.
+    """
+    config, weights, name = _read(Path(folder))
+    if misfits := list(_misfits(model, config, weights, base_model)):
+        raise ValueError(f"the adapter in {folder} does not fit: {'; '.join(misfits)}")
+    if not lora_layers(model):
+        dropout = config.get("lora_dropout", 0.0)
+        add_lora(model, config["r"], config["lora_alpha"], dropout, config["target_modules"])
+    with torch.no_grad():
+        for key, parameter in _adapter(model).items():
+            parameter.copy_(weights[key])
+    return name
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, Tensor], str]:
+    """Read a folder -> config, weights by their names in the file, name of the adapter."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+            name = (file.metadata() or {}).get("name", folder.name)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"no whole adapter in {folder} ({reason}): save it again") from None
+    needs = {"r": int, "lora_alpha": int | float, "target_modules": list}
+    if not all(key in config and isinstance(config[key], kind) for key, kind in needs.items()):
+        raise ValueError(f"{folder / CONFIG} must hold {', '.join(needs)}: is it a LoRA adapter?")
+    return config | {"target_modules": sorted(config["target_modules"])}, weights, name
+
+
+def _misfits(
+    model: nn.Module, config: dict, weights: dict[str, Tensor], base_model: str | None
+) -> Iterator[str]:
+    """Say in words where adapter and model differ; nothing when they fit."""
+    yield from (f"{key} is not supported" for key in UNSUPPORTED if config.get(key))
+    base = config.get("base_model_name_or_path")
+    if base and base_model and os.path.realpath(base) != os.path.realpath(base_model):
+        yield f"it belongs to {base}, the base model is {base_model}"
+    if layers := lora_layers(model):
+        ours = _settings(layers)
+        differing = (key for key in ours if config[key] != ours[key])
+        yield from (f"{key} is {config[key]}, in the model it is {ours[key]}" for key in differing)
+    found = {key: tuple(weight.shape) for key, weight in weights.items()}
+    wanted = _wanted_shapes(layers or _target_layers(model, config["target_modules"]), config["r"])
+    for key in [key for key in found | wanted if found.get(key) != wanted.get(key)][:1]:
+        yield f"{key} is {found.get(key)} in the file, {wanted.get(key)} in the model"
+
+
+def _settings(layers: dict[str, LoRALinear]) -> dict:
+    """What decides an adapter's effect beside its weights, named as in the file."""
+    first, targets = next(iter(layers.values())), {name.rpartition(".")[2] for name in layers}
+    return {"r": first.rank, "lora_alpha": first.alpha, "target_modules": sorted(targets)}
+
+
+def _wanted_shapes(layers: dict[str, nn.Module], rank: int) -> dict[str, tuple[int, int]]:
+    a = {f"{PREFIX}{name}.lora_A.weight": (rank, m.in_features) for name, m in layers.items()}
+    b = {f"{PREFIX}{name}.lora_B.weight": (m.out_features, rank) for name, m in layers.items()}
+    return a | b
+
+
+def _content_name(config: dict, weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for key in sorted(weights):
+        digest.update(key.encode() + weights[key].numpy().tobytes())
+    return f"genpi-{digest.hexdigest()[:12]}"
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside, then rename: an interrupted run leaves no half file under the real name."""
+    beside = path.with_name(path.name + ".part")
+    write(beside)
+    os.replace(beside, path)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    _write(path, lambda beside: beside.write_text(text, encoding="utf-8"))
