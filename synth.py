@@ -1,0 +1,834 @@
+"""Synthesis: everything a model writes before training, from the prompt p alone (GenPI section 3).
+
+    pseudo inputs x      a generator is shown p and five demonstrations and goes on with the list
+    conversations        the model plays the agent, who has read p, and the environment, who sees
+                         the worked examples of p with the roles swapped, until it says [END]
+    student outputs yS   the same model answers x without p
+    reasons r            the generator explains why yS should become the first teacher output yT
+
+The sampler beneath keeps R slots of a KV cache busy (R rows in flight, V vocabulary, P tokens that
+all conversations share): the P tokens, nearly always the long prompt, are computed once and stand
+once in memory; a conversation that has finished gives its slot to the next one waiting. A row's
+randomness is its own, so that what it says does not depend on its neighbours.
+
+Leaves out: beam search, repetition penalties, speculative decoding, keeping the cache from turn to
+turn.
+"""
+
+import json
+import os
+import random
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model import Chat, KVCache, Llama
+
+ASSISTANT = "You are a helpful assistant."
+END = "[END]"
+OPENING = "Start a new conversation."
+FRUITLESS_ROUNDS = 5  # rounds without a new pseudo input after which we go on with what there is
+LIST_ITEMS = 10  # pseudo inputs asked for in one list
+PREFILL_TOKENS = 8192  # prompt tokens computed in one forward pass; bounds the activations
+
+# ------------------------------------------------------------------------------------ templates
+
+ENVIRONMENT = """You play {environment} in a conversation with an agent. When you are told to \
+start a new conversation, give the agent a problem. Answer each later message of the agent \
+exactly as {environment} would, in the form that you used before, and add nothing of your own. \
+As soon as the agent has given its final answer, write only {end}"""
+
+INSTRUCTIONS = """
+
+The agent works by these instructions:
+
+---
+{prompt}
+---"""
+
+INPUTS = """Between the lines of dashes stands a prompt that is given to an agent.
+
+---
+{prompt}
+---
+
+Write first messages that users of this agent could send to it, all about different things. Write \
+them as a numbered list with one message an item.
+
+{demos}
+
+Continue this list with {n} new items."""
+
+REASON = """Between the lines of dashes stands a prompt.
+
+---
+{prompt}
+---
+
+An assistant that has not read the prompt was asked:
+
+{x}
+
+It replied:
+
+{student}
+
+An assistant that has read the prompt replied:
+
+{teacher}
+
+Explain in about five sentences why the prompt turns the first reply into the second."""
+
+# --------------------------------------------------------------------------------------- prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt p: its text, the closed chat turns in it, and the open user turn that x completes.
+
+    A plain text (no <USER>: and <AGENT>: lines) has no turns and no opening: it is a system
+    message.
+    """
+
+    text: str
+    turns: tuple[tuple[str, str], ...] = ()  # (role, text), role user or assistant
+    opening: str | None = None
+
+    def teacher(self, x: str) -> list[dict]:
+        """The messages that the teacher reads: p with x in its place."""
+        if self.opening is None:
+            return [message("system", self.text), message("user", x)]
+        turns = [message(role, text) for role, text in self.turns]
+        return [message("system", ASSISTANT), *turns, message("user", self.open_turn(x))]
+
+    def open_turn(self, x: str) -> str:
+        """The last user turn of p with x at {user_input}, or after the text if there is no such
+        mark.
+        """
+        if self.opening is None:
+            return x
+        if "{user_input}" in self.opening:
+            return self.opening.replace("{user_input}", x)
+        return f"{self.opening}\n\n{x}".strip()
+
+
+def message(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+MARKER = re.compile(r"^<(USER|AGENT)>:[ \t]*\n?", re.MULTILINE)
+
+
+def parse_prompt(text: str, name: str = "prompt") -> Prompt:
+    """Read the text of a prompt file. Raises ValueError where <USER>: and <AGENT>: do not
+    alternate.
+    """
+    text = text.strip()
+    before, *pieces = MARKER.split(text)
+    if not pieces:
+        return Prompt(text)
+    roles, texts = pieces[::2], [piece.strip() for piece in pieces[1::2]]
+    if before.strip():
+        raise ValueError(f"{name}: text before the first <USER>: line; begin the file with <USER>:")
+    for i, role in enumerate(roles):
+        if role != ("USER", "AGENT")[i % 2]:
+            raise ValueError(
+                f"{name}: turn {i + 1} is <{role}>:; <USER>: and <AGENT>: must alternate"
+            )
+    if roles[-1] != "USER":
+        raise ValueError(
+            f"{name}: the last turn is <AGENT>:; end with an open <USER>: turn for the input"
+        )
+    names = {"USER": "user", "AGENT": "assistant"}
+    turns = tuple((names[role], text) for role, text in zip(roles, texts, strict=True))
+    return Prompt(text, turns[:-1], texts[-1])
+
+
+# ---------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """What we know of a kind of prompt beyond its text.
+
+    environment: whom the model plays; max_turns: agent turns of a conversation (GenPI section 4);
+    demos: first messages that show the generator what is wanted; action: agent text -> its parsed
+    action or None; final: whether a parsed action ends the conversation.
+    """
+
+    name: str
+    environment: str
+    max_turns: int
+    demos: tuple[str, ...] = ()
+    action: Callable[[str], tuple | None] = field(default=lambda text: (text.strip(),))
+    final: Callable[[tuple], bool] = field(default=lambda action: False)
+    parsed: bool = True  # False: any text is an action, so "no final action" has no meaning
+
+    def is_final(self, text: str) -> bool:
+        action = self.action(text)
+        return action is not None and self.final(action)
+
+
+def os_action(text: str) -> tuple | None:
+    """The last valid Act: of an agent turn: (bash, code), (finish,) or (answer, value).
+
+    Source: AgentBench, OS interaction.
+    """
+    for act in reversed(re.findall(r"Act:\s*(.+)", text)):
+        blocks = re.findall(r"```bash\s*\n(.*?)```", text, re.DOTALL)
+        if act.lower().startswith("bash") and blocks:
+            return ("bash", "\n\n".join(block.strip() for block in blocks))
+        if act.lower().startswith("finish"):
+            return ("finish",)
+        value = re.match(r"answer[^(]*\((.*)\)", act, re.IGNORECASE)
+        if value:
+            return ("answer", value[1].strip())
+    return None
+
+
+def os_final(action: tuple) -> bool:
+    return action[0] in ("finish", "answer")
+
+
+def browsing_action(text: str) -> tuple | None:
+    """(letter, operation, value) of a web browsing turn. Source: Mind2Web, multi-choice form."""
+    letter = re.search(r"Answer: ([A-F])", text)
+    if not letter:
+        return None
+    operation = re.search(r"Action: (CLICK|SELECT|TYPE)", text)
+    value = re.search(r"Value: (.*)$", text, re.MULTILINE)
+    return (letter[1], operation[1] if operation else "", value[1].strip() if value else "")
+
+
+def shopping_action(text: str) -> tuple | None:
+    """(search or click, argument) of a web shopping turn. Source: WebShop, text mode."""
+    found = re.search(r"Action:\s*(search|click)\[(.+?)\]", text, re.IGNORECASE)
+    return (found[1].lower(), found[2].strip().lower()) if found else None
+
+
+def shopping_final(action: tuple) -> bool:
+    return action == ("click", "buy now")
+
+
+OS_DEMOS = (
+    "How many files are in the directory /srv/photos?",
+    "Rename /home/ana/notes.txt to plan.txt.",
+    "Who owns the newest file in /data/orders?",
+    "Append the line winter to /home/leo/garden/books.md.",
+    "Tell me the size of /opt/games in megabytes.",
+)
+SHOPPING_DEMOS = (
+    "I need a pair of waterproof hiking boots in size 9, and price lower than 90.00 dollars",
+    "find me a sugar free dark chocolate bar, pack of 12, and price lower than 30.00 dollars",
+    "I want a wireless keyboard with a quiet touch, black, and price lower than 50.00 dollars",
+    "look for a queen size cotton bed sheet, machine washable, and price lower than 60.00 dollars",
+    "I am looking for a fragrance free hand cream for dry skin, and price lower than 20.00 dollars",
+)
+TASKS = {
+    task.name: task
+    for task in (
+        Task("os", "the shell of a Linux machine", 10, OS_DEMOS, os_action, os_final),
+        # no demos: a first message is a whole page, and the worked examples show three of them
+        Task("web_browsing", "a browser that shows pages as HTML", 2, (), browsing_action, bool),
+        Task("web_shopping", "a shop that shows its pages as text", 5, SHOPPING_DEMOS,
+             shopping_action, shopping_final),
+        Task("any", "the user of this conversation", 1, parsed=False),
+    )
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ questions
+
+
+def student_messages(x: str) -> list[dict]:
+    """The messages that the student reads: x without p."""
+    return [message("system", ASSISTANT), message("user", x)]
+
+
+def conversation(opening: list[dict], turns: list[str]) -> list[dict]:
+    """opening, which ends with the user, continued by agent and environment texts in turn."""
+    return opening + [message(("assistant", "user")[i % 2], text) for i, text in enumerate(turns)]
+
+
+def environment_messages(
+    prompt: Prompt, x: str, turns: list[str], environment: str, is_final=lambda text: False
+) -> list[dict]:
+    """The conversation as the environment sees it: roles swapped, [END] after each worked example.
+
+    turns: agent and environment texts in turn so far, the last one the agent's. Source: GenPI 3.2.
+    """
+    system = ENVIRONMENT.format(environment=environment, end=END)
+    if prompt.opening is None:
+        system += INSTRUCTIONS.format(prompt=prompt.text)
+    chat = [message("system", system), message("user", OPENING)]
+    swapped = {"user": "assistant", "assistant": "user"}
+    for i, (role, text) in enumerate(prompt.turns):
+        chat.append(message(swapped[role], text))
+        if role == "assistant" and (i + 1 == len(prompt.turns) or is_final(text)):
+            chat += [message("assistant", END), message("user", OPENING)]
+    chat.append(message("assistant", prompt.open_turn(x)))
+    return chat + [message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+
+
+def inputs_messages(prompt: Prompt, demos: list[str], n: int) -> list[dict]:
+    """The generator's question for n more pseudo inputs after the numbered demos. Source: GenPI
+    3.1.
+    """
+    listed = "\n".join(f"{i + 1}. {demo}" for i, demo in enumerate(demos))
+    text = INPUTS.format(prompt=prompt.text, demos=listed, n=n)
+    return [message("system", ASSISTANT), message("user", text)]
+
+
+def reason_messages(prompt: Prompt, x: str, student: str, teacher: str) -> list[dict]:
+    """The generator's question for the reason r. Source: GenPI 3.1."""
+    text = REASON.format(prompt=prompt.text, x=x, student=student, teacher=teacher)
+    return [message("system", ASSISTANT), message("user", text)]
+
+
+# -------------------------------------------------------------------------------------- sampler
+
+
+def generate(
+    model: Llama,
+    chat: Chat,
+    conversations: list[list[dict]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | list[int] = 0,
+    slots: int | None = None,
+    bar: tqdm | None = None,
+) -> list[str]:
+    """Write the assistant's next turn of every conversation.
+
+    temperature 0 is greedy. seed: row i draws from seed + i, or from seed[i]. slots: rows in flight
+    (None: 64 on a CPU, what fits the free memory on a GPU). bar: advanced by one a finished row.
+    Raises ValueError if a conversation leaves no room in the model's context.
+    """
+    texts = [""] * len(conversations)
+    for row, ids, _ in sample(
+        model, chat, conversations, max_new_tokens, temperature, top_p, seed, slots
+    ):
+        texts[row] = chat.decode(ids).strip()
+        if bar is not None:
+            bar.update(1)
+    return texts
+
+
+@torch.no_grad()
+def sample(
+    model: Llama,
+    chat: Chat,
+    conversations,
+    max_new_tokens,
+    temperature=0.0,
+    top_p=1.0,
+    seed=0,
+    slots=None,
+) -> Iterator[tuple[int, list[int], bool]]:
+    """Yield (row, its written ids, whether it stopped by itself) as rows finish; see generate."""
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: "
+            "at least 1, at least 0, and above 0 up to 1 are possible"
+        )
+    prompts = [chat.encode(messages, reply=True)[0] for messages in conversations]
+    rooms = [min(max_new_tokens, chat.context - len(ids)) for ids in prompts]
+    if min(rooms, default=1) < 1:
+        longest = max(map(len, prompts))
+        raise ValueError(
+            f"a conversation of {longest} tokens leaves no room in the model's context of "
+            f"{chat.context}; shorten the prompt or lower --max-turns"
+        )
+    seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else seed
+    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    batch = Batch(model, prompts, rooms, slots)
+    waiting = deque(range(len(prompts)))
+    while waiting or batch.busy():
+        freed = batch.free()
+        if waiting and (len(freed) * 4 >= batch.slots or not batch.busy()):
+            rows = [waiting.popleft() for _ in freed[: len(waiting)]]
+            logits, order = batch.start(rows, freed[: len(rows)]), rows
+        else:
+            logits, order = batch.advance(), batch.busy()
+        u = torch.stack([draws[row][len(batch.written[row])] for row in order])
+        picked = pick(logits, u.to(logits.device), temperature, top_p).tolist()
+        for row, token in zip(order, picked, strict=True):
+            if batch.take(row, token, token in chat.stops):
+                yield row, batch.written[row], token in chat.stops
+        if not waiting:
+            batch.shrink()
+
+
+def pick(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Choose a token of each row: logits (R, V), u (R,) uniform in [0, 1) -> ids (R,).
+
+    The nucleus is the smallest set of most probable tokens (after temperature) whose mass reaches
+    top_p; u picks from it by the inverse of its cumulative distribution. Source: Holtzman et al.
+    2020, Eq. 2.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (R, V)
+    p = p * (p.cumsum(-1) - p < top_p)  # the mass before a token decides, so the first always stays
+    mass = p.cumsum(-1)
+    place = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+    place = place.minimum((p > 0).sum(-1, keepdim=True) - 1)
+    return order.gather(1, place)[:, 0]
+
+
+def shared_prefix(prompts: list[list[int]]) -> int:
+    """Tokens that all prompts begin with, leaving each one of its own; 0 if not worth it."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in lexical order only these two can differ earliest
+    same = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
+    )
+    same = min(same, min(map(len, prompts)) - 1)
+    return same if same >= 16 else 0
+
+
+class Batch:
+    """The conversations in flight: which row sits in which slot of the cache, what it wrote."""
+
+    def __init__(self, model: Llama, prompts: list[list[int]], rooms: list[int], slots: int | None):
+        self.model, self.prompts, self.rooms = model, prompts, rooms
+        embedding = model.model.embed_tokens.weight
+        self.device, self.dtype = embedding.device, embedding.dtype
+        self.prefix = self.prefill_prefix(shared_prefix(prompts))
+        P = self.prefix.bound if self.prefix else 0
+        self.own = [ids[P:] for ids in prompts]
+        length = max(
+            (len(ids) + room for ids, room in zip(self.own, rooms, strict=True)), default=1
+        )
+        self.slots = min(slots or self.affordable(length), max(len(prompts), 1))
+        self.cache = self.new_cache(self.slots, length)
+        self.seat: list[int | None] = [None] * self.slots  # the row in each slot
+        self.written: list[list[int]] = [[] for _ in prompts]
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        return KVCache(self.model.config, batch, length, self.device, self.dtype, self.prefix)
+
+    def prefill_prefix(self, P: int) -> KVCache | None:
+        """Compute the P tokens that all rows share, once."""
+        if P == 0:
+            return None
+        prefix = KVCache(self.model.config, 1, P, self.device, self.dtype)
+        for at in range(0, P, PREFILL_TOKENS):
+            ids = torch.tensor([self.prompts[0][:P][at : at + PREFILL_TOKENS]], device=self.device)
+            self.model(ids, prefix, at=torch.zeros_like(ids, dtype=torch.bool))  # no logits needed
+            prefix.advance(ids.size(1))
+        return prefix
+
+    def affordable(self, length: int) -> int:
+        """Slots whose keys and values fit half of the free GPU memory; 64 on a CPU."""
+        if self.device.type != "cuda":
+            return 64
+        c = self.model.config
+        row = (
+            2
+            * c.num_hidden_layers
+            * c.num_key_value_heads
+            * c.head_dim
+            * length
+            * self.dtype.itemsize
+        )
+        return max(1, min(256, torch.cuda.mem_get_info(self.device)[0] // 2 // row))
+
+    def busy(self) -> list[int]:
+        """Rows in flight, in the order of their slots."""
+        return [row for row in self.seat if row is not None]
+
+    def free(self) -> list[int]:
+        return [slot for slot, row in enumerate(self.seat) if row is None]
+
+    def start(self, rows: list[int], slots: list[int]) -> torch.Tensor:
+        """Seat new rows and read their own prompts -> logits (n, V) of their first tokens."""
+        longest = max(len(self.own[row]) for row in rows)
+        group = max(1, PREFILL_TOKENS // longest)
+        logits = []
+        for at in range(0, len(rows), group):
+            some, seats = rows[at : at + group], slots[at : at + group]
+            counts = [len(self.own[row]) for row in some]
+            ids = torch.zeros(len(some), max(counts), dtype=torch.int64, device=self.device)
+            for i, row in enumerate(some):
+                ids[i, : counts[i]] = torch.tensor(self.own[row])
+            last = (
+                torch.arange(ids.size(1), device=self.device)
+                == torch.tensor(counts, device=self.device)[:, None] - 1
+            )
+            fresh = self.new_cache(len(some), ids.size(1))
+            logits.append(self.model(ids, fresh, at=last))
+            fresh.advance(counts)
+            self.cache.put(seats, fresh)
+            for slot, row in zip(seats, some, strict=True):
+                self.seat[slot] = row
+        return torch.cat(logits)
+
+    def advance(self) -> torch.Tensor:
+        """Feed the last token of every row in flight -> logits (n, V) of the next.
+
+        An empty slot computes along on a dummy token but does not grow, and the next row overwrites
+        it.
+        """
+        last = [0 if row is None else self.written[row][-1] for row in self.seat]
+        logits = self.model(torch.tensor(last, device=self.device)[:, None], self.cache)[:, -1]
+        self.cache.advance([int(row is not None) for row in self.seat])
+        return logits[[slot for slot, row in enumerate(self.seat) if row is not None]]
+
+    def take(self, row: int, token: int, stop: bool) -> bool:
+        """Note the token that a row chose; True, and the slot is free, if the row has finished."""
+        if not stop:
+            self.written[row].append(token)
+        finished = stop or len(self.written[row]) == self.rooms[row]
+        if finished:
+            self.seat[self.seat.index(row)] = None
+        return finished
+
+    def shrink(self) -> None:
+        """Drop empty slots once they are the majority; only when no row is waiting for them."""
+        used = [slot for slot, row in enumerate(self.seat) if row is not None]
+        if used and 2 * len(used) <= self.slots:
+            self.cache.keep(used)
+            self.seat, self.slots = [self.seat[slot] for slot in used], len(used)
+
+
+def stream(model: Llama, chat: Chat, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
+    """Yield the greedy reply to one conversation piece by piece."""
+    ids = chat.encode(messages, reply=True)[0]
+    room = min(max_new_tokens, chat.context - len(ids))
+    if room < 1:
+        raise ValueError(
+            f"the conversation of {len(ids)} tokens fills the model's context of {chat.context}"
+        )
+    batch, said = Batch(model, [ids], [room], 1), ""
+    logits, finished = batch.start([0], [0]), False
+    while not finished:
+        token = logits.argmax(-1).item()
+        finished = batch.take(0, token, token in chat.stops)
+        text = chat.decode(batch.written[0])
+        if not text.endswith("\ufffd"):  # half of a multi-byte character: wait for the rest
+            yield text[len(said) :]
+            said = text
+        if not finished:
+            logits = batch.advance()
+
+
+# --------------------------------------------------------------------------------------- stages
+
+
+@dataclass
+class Record:
+    """One pseudo input and all that was made of it: a line of data.jsonl.
+
+    turns: agent and environment texts in turn; the first and the last are the agent's. The four
+    flags are the rows of GenPI Table 4; overlong: the conversation stopped because it filled the
+    model's context.
+    """
+
+    index: int
+    pseudo_input: str
+    turns: list[str] = field(default_factory=list)
+    student: str = ""
+    reason: str = ""
+    hit_limit: bool = False
+    no_end_token: bool = False
+    no_final_action: bool = False
+    overlong: bool = False
+    seconds: float = 0.0
+
+    @property
+    def teacher(self) -> str:
+        """yT_0, the teacher's first output."""
+        return self.turns[0]
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model that speaks, with the limits of what it says."""
+
+    model: Llama
+    chat: Chat
+    max_new_tokens: int = 512
+    slots: int | None = None
+
+    def say(self, conversations, bar=None, **sampling) -> list[str]:
+        limit = sampling.pop("max_new_tokens", self.max_new_tokens)
+        return generate(
+            self.model, self.chat, conversations, limit, slots=self.slots, bar=bar, **sampling
+        )
+
+    def fits(self, messages: list[dict]) -> bool:
+        """True if a full turn still fits the context after these messages."""
+        return (
+            len(self.chat.encode(messages, reply=True)[0]) + self.max_new_tokens
+            <= self.chat.context
+        )
+
+
+def bar(what: str, total: int, unit: str) -> tqdm:
+    """A progress bar with rate and remaining time."""
+    return tqdm(desc=f"{what:<18}", total=total, unit=unit, dynamic_ncols=True)
+
+
+def parse_list(text: str, first: int) -> list[str]:
+    """The items of a numbered list that begins at `first` (or at 1); an item may have several
+    lines.
+
+    Only the number that is due starts an item, so that numbers inside an item stay part of it.
+    """
+    items: list[list[str]] = []
+    due = None
+    for line in text.splitlines():
+        found = re.match(r"\s*(?:\*\*)?(\d+)[.)](?:\*\*)?\s+(.*)", line)
+        if found and int(found[1]) in ((first, 1) if due is None else (due,)):
+            items.append([found[2]])
+            due = int(found[1]) + 1
+        elif items:
+            items[-1].append(line.strip())
+    texts = ["\n".join(lines).strip() for lines in items]
+    quoted = re.compile(r'"([^"]*)"|“([^”]*)”')
+    unquoted = [(m[1] or m[2] or "") if (m := quoted.fullmatch(text)) else text for text in texts]
+    return [text.strip() for text in unquoted if text.strip()]
+
+
+def normalised(text: str) -> str:
+    """What two pseudo inputs must differ in to count as two."""
+    return " ".join(text.lower().split())
+
+
+def more_inputs(
+    voice: Voice, prompt: Prompt, demos: tuple, known: list[str], n: int, seed: int
+) -> list[str]:
+    """One round: sample lists (temperature 1.0, nucleus 0.9) that hold about n new pseudo inputs.
+
+    With no demonstrations given, five of the inputs found so far serve.
+    """
+    rng = random.Random(seed)
+    lists = max(1, min(32, -(-n // LIST_ITEMS)))
+    asked, firsts = [], []
+    for _ in range(lists):
+        shown = list(demos) or rng.sample(known, min(5, len(known)))
+        asked.append(inputs_messages(prompt, shown, LIST_ITEMS))
+        firsts.append(len(shown) + 1)
+    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": [rng.getrandbits(40) for _ in asked]}
+    found = []
+    for row, ids, whole in sorted(
+        sample(voice.model, voice.chat, asked, LIST_ITEMS * 64, **sampling, slots=voice.slots)
+    ):
+        items = parse_list(voice.chat.decode(ids), firsts[row])
+        found += (
+            items if whole else items[:-1]
+        )  # a list cut off at the token limit ends in half an item
+    return found
+
+
+def pseudo_inputs(
+    voice: Voice, prompt: Prompt, demos: tuple, n: int, seed: int, state: dict, save
+) -> list[str]:
+    """n distinct pseudo inputs, or fewer after FRUITLESS_ROUNDS rounds that brought nothing new.
+
+    state {"rounds", "fruitless", "seconds", "inputs"}: where to go on; save(state) is called after
+    a round.
+    """
+    inputs, seen = state["inputs"], {normalised(x) for x in (*state["inputs"], *demos)}
+    with bar("pseudo inputs", n, "input") as progress:
+        progress.update(min(len(inputs), n))
+        while len(inputs) < n and state["fruitless"] < FRUITLESS_ROUNDS:
+            clock, before = time.perf_counter(), len(inputs)
+            round_seed = hash_seed(seed, "inputs", state["rounds"])
+            for x in more_inputs(voice, prompt, demos, inputs, n - len(inputs), round_seed):
+                if normalised(x) not in seen and len(inputs) < n:
+                    seen.add(normalised(x))
+                    inputs.append(x)
+            state["rounds"] += 1
+            state["fruitless"] = 0 if len(inputs) > before else state["fruitless"] + 1
+            state["seconds"] += time.perf_counter() - clock
+            save(state)
+            progress.update(len(inputs) - before)
+    if not inputs:
+        raise ValueError(
+            f"the generator wrote no numbered list in {FRUITLESS_ROUNDS} rounds; "
+            "give it examples with --demos or a stronger --generator"
+        )
+    if len(inputs) < n:
+        tqdm.write(
+            f"pseudo inputs: nothing new in {FRUITLESS_ROUNDS} rounds, going on with "
+            f"{len(inputs)} of {n}; for more, give other --demos or a stronger --generator"
+        )
+    return inputs
+
+
+def hash_seed(*parts) -> int:
+    """A seed that depends on all parts and on nothing else (not on the order of work)."""
+    return random.Random("-".join(map(str, parts))).getrandbits(40)
+
+
+def say_next(voice: Voice, records: list[Record], view) -> list[tuple[Record, str]]:
+    """The next turn after view(record) of every record; one that may not fit is marked overlong."""
+    for record in records:
+        record.overlong = not voice.fits(view(record))
+    fitting = [record for record in records if not record.overlong]
+    return list(zip(fitting, voice.say([view(record) for record in fitting]), strict=True))
+
+
+def role_play(
+    voice: Voice, prompt: Prompt, task: Task, records: list[Record], max_turns: int
+) -> None:
+    """Fill in the turns of the records: agent and environment alternate greedily, all in step.
+
+    A conversation ends when the environment says [END] (which is not kept), with a final action,
+    at the limit, or when it fills the context. With max_turns 1 no environment is needed.
+    Source: GenPI 3.2.
+    """
+
+    def as_agent(r: Record) -> list[dict]:
+        return conversation(prompt.teacher(r.pseudo_input), r.turns)
+
+    def as_environment(r: Record) -> list[dict]:
+        x, environment = r.pseudo_input, task.environment
+        return environment_messages(prompt, x, r.turns, environment, task.is_final)
+
+    live = list(records)
+    with bar("role-play", len(records), "chat") as progress:
+        for turn in range(1, max_turns + 1):
+            spoken = say_next(voice, live, as_agent)
+            for record, text in spoken:
+                record.turns.append(text)
+            live = []
+            if max_turns > 1:
+                answers = say_next(voice, [record for record, _ in spoken], as_environment)
+                live = [r for r, text in answers if goes_on(r, text, task, turn == max_turns)]
+            progress.update(len(records) - len(live) - progress.n)
+    for record in records:
+        record.turns = record.turns[: len(record.turns) - (len(record.turns) + 1) % 2]
+        acted = record.turns and task.is_final(record.turns[-1])
+        record.no_final_action = task.parsed and not acted
+
+
+def goes_on(record: Record, answer: str, task: Task, last: bool) -> bool:
+    """Note how the environment answered; True, and the answer stays, if the agent has its turn."""
+    if END in answer:
+        return False
+    final = task.is_final(record.turns[-1])
+    record.no_end_token = final
+    record.hit_limit = last and not final
+    if final or last:
+        return False
+    record.turns.append(answer)
+    return True
+
+
+def synthesise(
+    voice: Voice,
+    generator: Voice,
+    prompt: Prompt,
+    task: Task,
+    records: list[Record],
+    max_turns: int,
+    seed: int,
+) -> Iterator[Record]:
+    """Fill in conversations, student outputs and reasons of a wave; yield each record as it is
+    finished.
+
+    voice: the model that is trained; generator: the model that writes the reasons.
+    """
+    clock = time.perf_counter()
+    role_play(voice, prompt, task, records, max_turns)
+    spoken = [r for r in records if r.turns]
+    with bar("student outputs", len(spoken), "chat") as progress:
+        students = voice.say([student_messages(r.pseudo_input) for r in spoken], progress)
+    for record, text in zip(spoken, students, strict=True):
+        record.student = text
+    yield from (r for r in records if not r.turns)
+    asked = [reason_messages(prompt, r.pseudo_input, r.student, r.teacher) for r in spoken]
+    sampling = {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "seed": [hash_seed(seed, "reason", r.index) for r in spoken],
+    }
+    rows = sample(
+        generator.model,
+        generator.chat,
+        asked,
+        generator.max_new_tokens,
+        slots=generator.slots,
+        **sampling,
+    )
+    for row, ids, _ in tqdm(
+        rows, f"{'reasons':<18}", len(spoken), unit="reason", dynamic_ncols=True
+    ):
+        spoken[row].reason = generator.chat.decode(ids).strip()
+        spoken[row].seconds, clock = (
+            time.perf_counter() - clock,
+            time.perf_counter(),
+        )  # since the last record
+        yield spoken[row]
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of data.jsonl in order of index.
+
+    A corrupt last line (the machine stopped while writing) is dropped with a warning, and made
+    again. Raises ValueError naming the line if any other line is corrupt.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    records, ends_whole = [], not lines[-1]
+    lines = lines[:-1] if ends_whole else lines
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(Record(**json.loads(line)))
+        except (ValueError, TypeError):
+            if number < len(lines):
+                raise ValueError(
+                    f"{path} line {number} is corrupt; delete that line to have it made again"
+                ) from None
+            tqdm.write(f"{path}: the last line is corrupt; it is dropped and made again")
+            ends_whole = False
+    if not ends_whole:
+        replace_text(path, "".join(to_line(r) for r in records))
+    return sorted(records, key=lambda r: r.index)
+
+
+def to_line(record: Record) -> str:
+    return json.dumps(asdict(record), ensure_ascii=False) + "\n"
+
+
+def append_record(path: Path, record: Record) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_line(record))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write beside, then rename: a reader never sees half a file."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def quality(records: list[Record], voice_limit: int) -> dict:
+    """What GenPI Table 4 reports of the synthesis: mean turns, and shares of the records."""
+    n = max(1, len(records))
+    flags = ("hit_limit", "no_end_token", "no_final_action", "overlong")
+    agent_turns = [(len(r.turns) + 1) // 2 for r in records]
+    shares = {flag: sum(getattr(r, flag) for r in records) / n for flag in flags}
+    return {
+        "records": len(records),
+        "mean_turns": sum(agent_turns) / n,
+        "max_turns": voice_limit,
+        **shares,
+    }

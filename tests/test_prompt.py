@@ -1,0 +1,314 @@
+"""The prompt p: files and chat form, what teacher, student and environment see, parsed actions."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from synth import (
+    ASSISTANT,
+    END,
+    OPENING,
+    TASKS,
+    browsing_action,
+    environment_messages,
+    message,
+    os_action,
+    parse_prompt,
+    shopping_action,
+    student_messages,
+)
+
+NAMES = ("os", "web_browsing", "web_shopping")
+TWO_EXAMPLES = parse_prompt(
+    "<USER>:\nfirst problem\n<AGENT>:\nfinal 1\n"
+    "<USER>:\nsecond problem\n<AGENT>:\nlook\n<USER>:\nseen\n<AGENT>:\nfinal 2\n"
+    "<USER>:\nNew: {user_input}"
+)
+
+
+def read(name: str):
+    """The prompt in a file of the repository."""
+    text = (Path(__file__).parent.parent / f"{name}.txt").read_text(encoding="utf-8")
+    return parse_prompt(text, name)
+
+
+def examples(name: str) -> list[tuple[str, tuple]]:
+    """(message, parsed action) of every agent turn in the worked examples of a file."""
+    said, did = read(name).turns[::2], read(name).turns[1::2]
+    parse = TASKS[name].action
+    return [(user, parse(agent)) for (_, user), (_, agent) in zip(said, did, strict=True)]
+
+
+# ------------------------------------------------------------------------------- our prompt files
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_are_worked_examples_and_an_open_turn(name):
+    """User and agent alternate from the user on, and one {user_input} waits in the open turn."""
+    prompt = read(name)
+    roles = [role for role, _ in prompt.turns]
+    assert roles == ["user", "assistant"] * (len(roles) // 2) and roles
+    assert prompt.opening.count("{user_input}") == 1
+    assert "{user_input}" not in "".join(text for _, text in prompt.turns)
+    assert all(text for _, text in prompt.turns)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_worked_examples_keep_to_their_own_protocol(name):
+    """Every agent turn of a file parses as an action of its task, and the last one is final."""
+    actions = [action for _, action in examples(name)]
+    assert None not in actions
+    assert TASKS[name].final(actions[-1])
+
+
+def test_browsing_examples_choose_what_is_offered():
+    """A letter is listed, B to F are ids in document order, a value stands in the page."""
+    for page, (letter, operation, value) in examples("web_browsing"):
+        choices = dict(re.findall(r"^([A-F])\. (.*)$", page, re.MULTILINE))
+        assert choices.pop("A") == "None of the above"
+        places = [page.index(re.search(r"<\w+ id=\d+", choice)[0]) for choice in choices.values()]
+        assert places == sorted(places) and "".join(choices) == "BCDEF"[: len(choices)]
+        assert all(len(choice.split()) <= 10 for choice in choices.values())
+        assert letter == "A" or letter in choices
+        assert (operation == "") == (letter == "A")
+        assert (value == "") == (operation in ("", "CLICK")) and value in page
+
+
+def test_browsing_examples_show_that_nothing_may_fit():
+    """Of the worked examples at least one answers A, and at least one acts."""
+    letters = {letter for _, (letter, _, _) in examples("web_browsing")}
+    assert "A" in letters and letters - {"A"}
+
+
+def test_shopping_example_does_only_what_a_page_offers():
+    """The agent searches where there is a search bar, clicks what is clickable, and buys once."""
+    actions = examples("web_shopping")
+    for page, (name, argument) in actions:
+        offer = json.loads(page.split("Available Actions:\n")[-1])
+        assert offer["has_search_bar"] if name == "search" else argument in offer["clickables"]
+    assert [action == ("click", "buy now") for _, action in actions] == [False] * 3 + [True]
+
+
+# ------------------------------------------------------------------------------ reading the prompt
+
+
+def test_plain_text_is_one_system_message():
+    """Without <USER>: and <AGENT>: lines p is the system message, and x the user's."""
+    prompt = parse_prompt("\nBe brief.\nSay <USER>: never, nor <AGENT>:.\n")
+    text = "Be brief.\nSay <USER>: never, nor <AGENT>:."
+    assert (prompt.text, prompt.turns, prompt.opening) == (text, (), None)
+    assert prompt.teacher("Hi!") == [message("system", text), message("user", "Hi!")]
+
+
+def test_teacher_reads_the_worked_examples_and_then_x():
+    """Chat prompt: the usual system message, its turns as they are, the open turn with x."""
+    assert TWO_EXAMPLES.teacher("x") == [
+        message("system", ASSISTANT),
+        message("user", "first problem"),
+        message("assistant", "final 1"),
+        message("user", "second problem"),
+        message("assistant", "look"),
+        message("user", "seen"),
+        message("assistant", "final 2"),
+        message("user", "New: x"),
+    ]
+
+
+def test_student_reads_x_alone():
+    """The student's messages are the usual system message and x."""
+    assert student_messages("x") == [message("system", ASSISTANT), message("user", "x")]
+
+
+@pytest.mark.parametrize(
+    ("opening", "asked"),
+    [
+        ("Solve {user_input} now", "Solve x now"),
+        ("{user_input}", "x"),
+        ("Solve this:", "Solve this:\n\nx"),
+        ("", "x"),
+    ],
+)
+def test_x_takes_its_place_or_comes_last(opening, asked):
+    """x replaces {user_input}; without that mark it follows the open turn after an empty line."""
+    prompt = parse_prompt(f"<USER>:\na\n<AGENT>:\nb\n<USER>:\n{opening}")
+    assert prompt.open_turn("x") == asked
+
+
+def test_braces_are_ordinary_text():
+    """Other braces of the prompt and all braces of x stay as they are."""
+    prompt = parse_prompt('<USER>:\n{"a": {}} {user_input} {b}')
+    assert prompt.open_turn("{user_input} {0}") == '{"a": {}} {user_input} {0} {b}'
+
+
+def test_a_turn_may_begin_on_the_line_of_its_marker():
+    """<USER>: and <AGENT>: mark turns at the start of a line only, with or without a line break."""
+    prompt = parse_prompt("<USER>: a <AGENT>: b\r\n<AGENT>:\r\nc\r\n<USER>:\r\n")
+    assert prompt.turns == (("user", "a <AGENT>: b"), ("assistant", "c")) and prompt.opening == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("<USER>:\na\n<USER>:\nb", "turn 2 is <USER>:"),
+        ("<AGENT>:\na\n<USER>:\nb", "turn 1 is <AGENT>:"),
+        ("<USER>:\na\n<AGENT>:\nb\n<AGENT>:\nc\n<USER>:\nd", "turn 3 is <AGENT>:"),
+        ("<USER>:\na\n<AGENT>:\nb", "the last turn is <AGENT>:"),
+        ("Rules\n<USER>:\na", "text before the first <USER>:"),
+    ],
+)
+def test_turns_out_of_order_are_refused_in_one_line(text, problem):
+    """A chat that does not run user, agent, ..., user is a ValueError that names file and turn."""
+    with pytest.raises(ValueError) as error:
+        parse_prompt(text, "mine.txt")
+    assert re.fullmatch(rf"mine\.txt: .*{problem}.*", str(error.value))
+
+
+# --------------------------------------------------------------------------- the environment's view
+
+
+def test_environment_sees_the_roles_swapped():
+    """What users say the environment says, and [END] and a new opening follow each final answer."""
+    turns = ["go", "result", "on"]
+    system, *view = environment_messages(
+        TWO_EXAMPLES, "x", turns, "a shell", is_final=lambda text: text.startswith("final")
+    )
+    assert system["role"] == "system"
+    assert "a shell" in system["content"] and END in system["content"]
+    assert view == [
+        message("user", OPENING),
+        message("assistant", "first problem"),
+        message("user", "final 1"),
+        message("assistant", END),
+        message("user", OPENING),
+        message("assistant", "second problem"),
+        message("user", "look"),
+        message("assistant", "seen"),
+        message("user", "final 2"),
+        message("assistant", END),
+        message("user", OPENING),
+        message("assistant", "New: x"),
+        message("user", "go"),
+        message("assistant", "result"),
+        message("user", "on"),
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_environment_is_asked_to_speak_next(name):
+    """In our files roles alternate up to the agent's turn, with an [END] for each final action."""
+    task = TASKS[name]
+    view = environment_messages(read(name), "x", ["reply"], task.environment, task.is_final)
+    assert [m["role"] for m in view[1:]] == ["user", "assistant"] * (len(view) // 2 - 1) + ["user"]
+    finals = sum(task.final(action) for _, action in examples(name))
+    assert finals >= 1 and sum(m["content"] == END for m in view) == finals
+
+
+def test_environment_of_a_plain_prompt_reads_its_text():
+    """Where p has no turns to swap, its text stands in the environment's system message."""
+    system, *view = environment_messages(parse_prompt("Be brief."), "x", ["reply"], "the user")
+    assert "Be brief." in system["content"]
+    x, reply = message("assistant", "x"), message("user", "reply")
+    assert view == [message("user", OPENING), x, reply]
+    system, *_ = environment_messages(TWO_EXAMPLES, "x", ["reply"], "the user")
+    assert "first problem" not in system["content"]
+
+
+# ----------------------------------------------------------------------------------------- actions
+
+
+def bash(*blocks: str) -> str:
+    return "Act: bash\n\n" + "\n\n".join(f"```bash\n{block}\n```" for block in blocks)
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        (f"Think: I look.\n\n{bash('ls -l')}", ("bash", "ls -l")),
+        (bash("cd /srv\nls", "wc -l a"), ("bash", "cd /srv\nls\n\nwc -l a")),
+        ("Think: Done.\n\nAct: finish", ("finish",)),
+        ("Act: answer(220)", ("answer", "220")),
+        ("Act: answer( f(2) = (1) )", ("answer", "f(2) = (1)")),
+        ("Act: answer()", ("answer", "")),
+        (bash("ls").replace("Act: bash", "Act: BASH"), ("bash", "ls")),
+        ("Act: Finish", ("finish",)),
+        ("Act: Answer(Yes)", ("answer", "Yes")),
+        (f"{bash('ls')}\n\nAct: answer(3)", ("answer", "3")),
+        (f"Act: answer(3)\n\n{bash('ls')}", ("bash", "ls")),
+        ("Act: finish\n\nAct: answer 3", ("finish",)),
+        ("Act: answer(3)\n\nAct: wait", ("answer", "3")),
+        ("Act: answer(220)\n\nThis is (I think) right.", ("answer", "220")),
+        ("Act: answer (220)", ("answer", "220")),
+    ],
+)
+def test_os_action_is_the_last_valid_act(text, action):
+    """bash with all its blocks, finish, or answer with what stands in the outermost brackets."""
+    assert os_action(text) == action
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "ls -l", "Act: wait", "Act: answer 220", "Think: answer(220)", bash("ls")[len("Act:") :]],
+)
+def test_os_action_needs_an_act(text):
+    """Without Act: and one of the three actions after it there is no action."""
+    assert os_action(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("Thought: so.\nAnswer: C.\nAction: SELECT\nValue: 3 guests", ("C", "SELECT", "3 guests")),
+        ("Answer: F\nAction: TYPE\nValue: a: b \nmore", ("F", "TYPE", "a: b")),
+        ("Answer: B. <a id=0>\nAction: CLICK", ("B", "CLICK", "")),
+        ("Thought: none of them.\nAnswer: A.", ("A", "", "")),
+        ("Answer: B\nAction: HOVER", ("B", "", "")),
+        ("Answer: D\nAction: CLICK\nAnswer: E\nAction: TYPE", ("D", "CLICK", "")),
+        ("Answer: G\nAction: CLICK", None),
+        ("answer: b\naction: click", None),
+        ("Action: CLICK\nValue: B", None),
+        ("", None),
+    ],
+)
+def test_browsing_action_is_the_first_of_each_line(text, action):
+    """(letter A to F, CLICK, SELECT or TYPE, value to its line's end); no letter, no action."""
+    assert browsing_action(text) == action
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("Thought:\nSo.\n\nAction:\nsearch[red Shoes size 9]", ("search", "red shoes size 9")),
+        ("Action: Click[Buy Now]", ("click", "buy now")),
+        ("Action: CLICK[ < Prev ]", ("click", "< prev")),
+        ("Thought: I could click[b01].\nAction: click[b02]", ("click", "b02")),
+        ("Thought: I should click[buy now].", None),
+        ("Thought: I click[b01].\nAction: none", None),
+        ("Action: click[]", None),
+        ("Action: buy now", None),
+        ("", None),
+    ],
+)
+def test_shopping_action_stands_after_action(text, action):
+    """search or click with its lower-cased argument, if it stands after Action:."""
+    assert shopping_action(text) == action
+
+
+@pytest.mark.parametrize(
+    ("name", "action", "final"),
+    [
+        ("os", "Act: finish", True),
+        ("os", "Act: answer(1)", True),
+        ("os", bash("ls"), False),
+        ("os", "answer(1)", False),
+        ("web_browsing", "Answer: B\nAction: CLICK", True),
+        ("web_browsing", "I click B.", False),
+        ("web_shopping", "Action: click[Buy Now]", True),
+        ("web_shopping", "Action: click[b01]", False),
+        ("web_shopping", "Action: search[buy now]", False),
+    ],
+)
+def test_final_actions_end_a_conversation(name, action, final):
+    """finish and answer end an OS problem, any choice a browsing step, buying a shopping trip."""
+    assert TASKS[name].is_final(action) is final
