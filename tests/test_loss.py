@@ -1,0 +1,127 @@
+"""The losses, on a vocabulary of three words and by hand.
+
+A model says of the next word: a with probability 1/2, b with 1/4, c with 1/4. Then -log P is log 2
+for an a and log 4 for a b or a c, whatever stood before.
+"""
+
+from math import log
+
+import pytest
+import torch
+
+from genpi import IGNORE, Sequence, joint_loss, micro_batches, next_tokens, token_nll
+
+A, B, C = 0, 1, 2
+P = torch.tensor([1 / 2, 1 / 4, 1 / 4])
+
+
+def logits(rows: int, columns: int) -> torch.Tensor:
+    """The same prediction P everywhere: (rows, columns, 3)."""
+    return P.log().expand(rows, columns, 3).clone()
+
+
+def test_nll_is_the_sum_of_minus_log_p():
+    """-log P(a b a) = log 2 + log 4 + log 2, of three tokens; the first word is not predicted."""
+    nats, tokens = token_nll(logits(1, 4), torch.tensor([[C, A, B, A]]))
+    assert nats.item() == pytest.approx(log(2) + log(4) + log(2))
+    assert tokens == 3
+
+
+def test_logits_predict_the_next_word_not_their_own():
+    """If place t is sure of one word, the loss compares it with the label at t + 1."""
+    sure = torch.full((1, 3, 3), -100.0)
+    for place, word in enumerate([B, C, A]):
+        sure[0, place, word] = 100.0
+    right, _ = token_nll(sure, torch.tensor([[A, B, C]]))  # place 0 says b, and b stands at place 1
+    wrong, _ = token_nll(sure, torch.tensor([[B, C, A]]))  # what each place says of itself
+    assert right.item() == pytest.approx(0)
+    assert wrong.item() == pytest.approx(2 * 200)
+
+
+def test_only_labelled_words_carry_loss():
+    """A question (IGNORE) costs nothing, its reply does: -log P(b) = log 4, of one token."""
+    nats, tokens = token_nll(logits(1, 4), torch.tensor([[IGNORE, IGNORE, IGNORE, B]]))
+    assert nats.item() == pytest.approx(log(4))
+    assert tokens == 1
+
+
+def test_logits_under_ignored_labels_do_not_matter():
+    """Changing a prediction that no label asks for leaves the loss as it was."""
+    labels = torch.tensor([[IGNORE, A, IGNORE, B]])
+    changed = logits(1, 4)
+    changed[0, 1] = torch.tensor([5.0, -3.0, 9.0])  # predicts place 2, which is ignored
+    changed[0, 3] = torch.tensor([5.0, -3.0, 9.0])  # predicts beyond the end
+    assert torch.equal(token_nll(changed, labels)[0], token_nll(logits(1, 4), labels)[0])
+
+
+def test_shift_moves_labels_one_place_left():
+    """The picture in next_tokens: the label of place t + 1 stands at t, the last place has none."""
+    shifted = next_tokens(torch.tensor([[IGNORE, IGNORE, B, C]]))
+    assert shifted.tolist() == [[IGNORE, B, C, IGNORE]]
+
+
+def test_picked_logits_give_the_same_loss():
+    """Logits made only where a target is predicted, (N, V), give what all logits, (B, T, V), give.
+    """
+    torch.manual_seed(0)
+    every = torch.randn(2, 5, 3)
+    labels = torch.tensor([[IGNORE, A, B, IGNORE, C], [IGNORE, IGNORE, C, A, IGNORE]])
+    picked = every[next_tokens(labels) != IGNORE]
+    assert picked.shape == (5, 3)
+    assert torch.equal(token_nll(picked, labels)[0], token_nll(every, labels)[0])
+
+
+def test_padding_adds_nothing():
+    """A row padded on the right with IGNORE has the loss of the row alone."""
+    alone = token_nll(logits(1, 3), torch.tensor([[IGNORE, A, B]]))
+    padded = token_nll(logits(1, 6), torch.tensor([[IGNORE, A, B, IGNORE, IGNORE, IGNORE]]))
+    assert alone[0].item() == pytest.approx(padded[0].item())
+    assert alone[1] == padded[1] == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 6, 100])
+def test_micro_batches_add_up_to_the_batch(tokens):
+    """However a batch is cut, nats and tokens add up to 2 log 2 + 2 log 4 of four tokens."""
+    rows = [[IGNORE, A], [IGNORE, A, B], [IGNORE, IGNORE, C]]
+    sequences = [Sequence([0 if w == IGNORE else w for w in row], row) for row in rows]
+    parts = [
+        token_nll(logits(*ids.shape), labels)
+        for ids, labels in micro_batches(sequences, tokens, "cpu")
+    ]
+    assert sum(nats.item() for nats, _ in parts) == pytest.approx(2 * log(2) + 2 * log(4))
+    assert sum(n.item() for _, n in parts) == 4
+
+
+def test_no_micro_batch_is_larger_than_allowed():
+    """Padded size stays within the limit unless a single sequence exceeds it, and no row is lost.
+    """
+    sequences = [Sequence([0] * n, [0] * n) for n in (2, 9, 3, 3, 5, 1)]
+    shapes = [tuple(ids.shape) for ids, _ in micro_batches(sequences, 8, "cpu")]
+    assert shapes == [(1, 9), (1, 5), (2, 3), (2, 2)]
+
+
+def test_gradient_is_softmax_minus_one_hot():
+    """d nats / d logits = softmax - one-hot at a labelled place and 0 elsewhere."""
+    z = logits(1, 3).requires_grad_()
+    token_nll(z, torch.tensor([[IGNORE, IGNORE, B]]))[0].backward()
+    one_hot = torch.tensor([0.0, 1.0, 0.0])
+    expected = torch.stack([torch.zeros(3), P - one_hot, torch.zeros(3)])
+    torch.testing.assert_close(z.grad[0], expected)
+
+
+def test_lam_weighs_the_two_losses():
+    """L = (1 - lam) L_PG + lam L_SFT: GenPI Eq. 4, at the paper's 0.7 and at both ends."""
+    sft, pg = 2.0, 10.0
+    assert joint_loss(sft, pg, 0.7) == pytest.approx(0.7 * 2 + 0.3 * 10)
+    assert joint_loss(sft, pg, 1) == sft
+    assert joint_loss(sft, pg, 0) == pg
+
+
+def test_lam_one_gives_pg_no_gradient():
+    """At lam = 1 the prompt-generation loss does not move the model, at lam = 0 SFT does not."""
+    sft, pg = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    joint_loss(sft, pg, 1).backward()
+    assert (sft.grad, pg.grad) == (1, 0)
+    sft.grad = pg.grad = None
+    joint_loss(sft, pg, 0).backward()
+    assert (sft.grad, pg.grad) == (0, 1)
