@@ -41,6 +41,8 @@ from genpi import (
     next_tokens,
     pg_sequence,
     prompt_question,
+    read_metrics,
+    read_object,
     sequence_nll,
     sft_sequence,
     split_records,
@@ -279,11 +281,15 @@ def count_parameters(model: Llama) -> tuple[int, int]:
 
 def seconds_spent(folder: Path, records: list[Record]) -> dict:
     """Seconds of synthesis and of training, over all interruptions."""
-    inputs = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
-    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    inputs = read_object(folder / "inputs.json", ("seconds", "inputs"))
+    if len(records) < len(inputs["inputs"]):
+        raise ValueError(
+            f"{folder}: {len(records)} of {len(inputs['inputs'])} records are there; "
+            "genpi.py with the same flags makes the others"
+        )
     return {
         "synth": inputs["seconds"] + sum(r.seconds for r in records),
-        "train": sum(step["seconds"] for step in steps),
+        "train": sum(row["seconds"] for row in read_metrics(folder / "metrics.jsonl")),
     }
 
 

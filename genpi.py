@@ -288,8 +288,22 @@ def note_step(out: Path, step: int, losses, optimizer, terms, seconds: float) ->
 def keep_metrics(path: Path, steps: int) -> None:
     """Drop the lines of steps after the checkpoint: they will be done again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        replace_text(path, "".join(line for line in kept if json.loads(line)["step"] <= steps))
+        kept = [row for row in read_metrics(path) if row["step"] <= steps]
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl, but a last one cut short; ValueError names a corrupt one."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(True), 1):
+        if line.endswith(b"\n"):
+            try:
+                row = json.loads(line)
+                rows.append({"step": int(row["step"]), "seconds": float(row["seconds"]), **row})
+            except (ValueError, TypeError, KeyError):
+                told = f"{path} line {number} is corrupt; delete that line"
+                raise ValueError(told) from None
+    return rows
 
 
 def named_state(model: Llama, optimizer) -> dict[str, torch.Tensor]:
@@ -327,9 +341,14 @@ def load_checkpoint(out: Path, model: Llama, optimizer) -> int:
     path = out / "checkpoint" / "state.safetensors"
     if not path.exists():
         return 0
-    with safetensors.safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-    saved = load_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+        saved = load_file(path)
+        assert set(saved) == set(named_state(model, optimizer))
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AssertionError):
+        told = f"{path} is no checkpoint of this run; delete it, and the training begins anew"
+        raise ValueError(told) from None
     for name, p in model.named_parameters():
         if p.requires_grad:
             p.data.copy_(saved[name])
@@ -437,11 +456,12 @@ def check_flags(args) -> None:
     if args.slots is not None and args.slots < 1:
         raise ValueError(f"--slots {args.slots} is too small; it must be at least 1")
     ranges = {"lam": (0, 1), "warmup": (0, 1), "dropout": (0, 0.99), "weight_decay": (0, 1)}
+    ranges |= {"lr": (0, 1), "seed": (0, 2**32)}
     for name, (low, high) in ranges.items():
         if not low <= getattr(args, name) <= high:
             flag = name.replace("_", "-")
             raise ValueError(
-                f"--{flag} {getattr(args, name):g} is out of range; it must lie in {low} to {high}"
+                f"--{flag} {getattr(args, name)} is out of range; it must lie in {low} to {high}"
             )
     for name in ("lr", "clip", "alpha"):
         if not 0 < getattr(args, name) < math.inf:
@@ -461,10 +481,8 @@ def read_text(path: Path, what: str) -> str:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such {what} file; give the path of a text file") from None
-    except IsADirectoryError:
-        raise ValueError(
-            f"{path}: is a folder, not a {what} file; give the path of a text file"
-        ) from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give the path of a text file") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: byte {error.start} is not UTF-8; save the {what} file as UTF-8 text"
@@ -504,6 +522,21 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def read_object(path: Path, keys: tuple[str, ...] = ()) -> dict:
+    """The JSON object in a file of a run folder. Raises ValueError if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} is missing; genpi.py with the same flags makes it again"
+        ) from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not set(keys) <= set(found):
+        raise ValueError(f"{path} is damaged; delete it, and genpi.py makes it again")
+    return found
+
+
 def open_run(args, prompt: Prompt, chat: Chat) -> None:
     """Make the run folder, or check that it was made with the same flags (ValueError if not)."""
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
@@ -513,7 +546,7 @@ def open_run(args, prompt: Prompt, chat: Chat) -> None:
     path = args.out / "args.json"
     args.out.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_object(path)
         changed = [
             k for k in flags if k not in FREE | {"prompt", "model"} and flags[k] != before.get(k)
         ]
@@ -535,20 +568,31 @@ def task_of(args) -> Task:
     return replace(TASKS[args.task], environment=args.environment)
 
 
-def make_records(args, prompt: Prompt, voice: Voice, generator: Voice) -> list[Record]:
+def read_demos(args) -> tuple[str, ...]:
+    """First user messages that show the generator what is wanted: --demos, or the task's."""
+    lines = read_text(args.demos, "demos").splitlines() if args.demos else TASKS[args.task].demos
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def make_records(
+    args, prompt: Prompt, demos: tuple[str, ...], voice: Voice, generator: Voice
+) -> list[Record]:
     """Pseudo inputs, then wave after wave of records; what is on disk is not made again."""
     task, path = task_of(args), args.out / "inputs.json"
-    lines = read_text(args.demos, "demos").splitlines() if args.demos else task.demos
-    demos = tuple(line.strip() for line in lines if line.strip())
     state = {"rounds": 0, "fruitless": 0, "seconds": 0.0, "inputs": []}
     if path.exists():
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_object(path, tuple(state))
 
     def save(state: dict) -> None:
         replace_text(path, json.dumps(state, indent=1, ensure_ascii=False) + "\n")
 
     wanted = args.samples + args.held_out
     inputs = pseudo_inputs(generator, prompt, demos, wanted, args.seed, state, save)
+    if len(inputs) < 2:
+        raise ValueError(
+            f"{args.out}: 1 pseudo input cannot be trained on and held out at once; "
+            "give other --demos or a stronger --generator, with another --out"
+        )
     data = args.out / "data.jsonl"
     have = {r.index for r in read_records(data)}
     for first in range(0, len(inputs), WAVE):
@@ -601,6 +645,10 @@ def check_prompt_fits(chat: Chat, prompt: Prompt, args) -> None:
     """Raise ValueError if p leaves no room for a turn, or for being written out."""
     tokens = len(chat.encode(prompt.teacher(""), reply=True)[0])
     room = chat.context - args.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"--max-new-tokens {args.max_new_tokens} fills the context of {chat.context}; lower it"
+        )
     if tokens >= room:
         raise ValueError(
             f"the prompt has {tokens} tokens, but the context of {chat.context} less "
@@ -614,17 +662,14 @@ def run(args) -> None:
     prompt = parse_prompt(read_text(args.prompt, "prompt"), str(args.prompt))
     model, chat = load_model(args.model, args.device, bits=args.bits)
     check_prompt_fits(chat, prompt, args)
-    open_run(args, prompt, chat)
-    announce(args, chat, prompt)
-    voice = Voice(model, chat, args.max_new_tokens, args.slots)
-    generator = voice
+    lora.check_rank(model, args.rank)
+    demos, limits = read_demos(args), (args.max_new_tokens, args.slots)
+    voice = generator = Voice(model, chat, *limits)
     if args.generator:
-        generator = Voice(
-            *load_model(args.generator, args.device, bits=args.bits),
-            args.max_new_tokens,
-            args.slots,
-        )
-    records = make_records(args, prompt, voice, generator)
+        generator = Voice(*load_model(args.generator, args.device, bits=args.bits), *limits)
+    open_run(args, prompt, chat)  # all that can be wrong with the flags is known by now
+    announce(args, chat, prompt)
+    records = make_records(args, prompt, demos, voice, generator)
     print_quality(quality(records, args.max_turns))
     del generator
     if not (args.out / lora.CONFIG).exists():  # the last file that save_adapter writes
@@ -663,16 +708,22 @@ def load_run(folder: Path, device: str | None = None):
         raise ValueError(
             f"{folder}: no args.json, so it is no run folder; give the --out of an earlier run"
         )
-    args = argparse.Namespace(**json.loads(path.read_text(encoding="utf-8")))
+    args = argparse.Namespace(**read_object(path, ("model", "bits", "device", "samples", "lam")))
     if not (folder / lora.CONFIG).exists():
         raise ValueError(
             f"{folder}: has no finished adapter; run genpi.py with the same flags to finish it"
         )
     if device or (args.device == "cuda" and not torch.cuda.is_available()):
         args.device = device or "cpu"
+    if not (folder / "prompt.txt").exists():
+        raise ValueError(f"{folder / 'prompt.txt'} is missing; genpi.py makes it again")
     prompt = parse_prompt((folder / "prompt.txt").read_text(encoding="utf-8"))
     model, chat = load_model(args.model, args.device, bits=args.bits)
-    lora.load_adapter(model, folder, base_model=args.model)
+    try:
+        lora.load_adapter(model, folder, base_model=args.model)
+    except ValueError as error:
+        told = f"{error}; delete {folder / lora.CONFIG}, and genpi.py goes on from its checkpoint"
+        raise ValueError(told) from None
     return args, prompt, model.eval(), chat
 
 
@@ -719,50 +770,47 @@ def say_aloud(model: Llama, chat: Chat, messages: list[dict], limit: int, adapte
 
 
 def guarded(work, *args) -> int:
-    """Run work -> exit code. A user's mistake, and a machine that is too small, take one line, not
-    a traceback.
-    """
+    """Run work -> exit code. A mistake, or too small a machine, is one line, not a traceback."""
+    for stream_ in (sys.stdout, sys.stderr):
+        if hasattr(stream_, "reconfigure"):
+            stream_.reconfigure(errors="replace")  # a terminal that lacks a letter shows a ?
     try:
-        work(*args)
-        return 0
+        return work(*args) or 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError:
-        told = "out of GPU memory; lower --micro-tokens or --slots, or add --checkpointing"
-    except (ValueError, safetensors.SafetensorError) as error:
-        told = str(error)
-    except OSError as error:
-        told = (
-            f"{error.filename or 'file'}: {error.strerror or error}; "
-            "choose another --out or free some space"
-        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = "out of memory; lower --micro-tokens or --slots, or add --checkpointing"
+    except ValueError as error:
+        told = " ".join(str(error).split())
     print(f"error: {told}", file=sys.stderr)
     return 2
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Also on a CPU, where PyTorch has no error of its own for it."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 def main(argv: list[str] | None = None) -> int:
     return guarded(start, argv)
 
 
-def start(argv: list[str] | None) -> None:
+def start(argv: list[str] | None) -> int:
     args = parse_flags(argv)
     if args.chat:
         return talk(args.chat, args.device)
-    run(args)
-    # a process of its own: the report is made by the very command that repeats it, with all memory
-    # free
-    command = [
-        sys.executable,
-        str(HERE / "evaluate.py"),
-        "--run",
-        str(args.out),
-        "--device",
-        args.device,
-    ]
-    code = subprocess.run(command).returncode
-    if code:
-        raise SystemExit(code)
+    try:
+        run(args)
+    except (OSError, safetensors.SafetensorError) as error:
+        told = f"{args.out}: {error}; free some space or choose another --out"
+        raise ValueError(told) from None
+    # a process of its own: memory is free, and the report comes from the command that repeats it
+    command = [sys.executable, HERE / "evaluate.py", "--run", args.out, "--device", args.device]
+    return subprocess.run([str(word) for word in command]).returncode
 
 
 if __name__ == "__main__":

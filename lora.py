@@ -79,15 +79,21 @@ def add_lora(
     if not layers or lora_layers(model):
         what = "has LoRA layers already" if layers else f"has no linear layer named {targets}"
         raise ValueError(f"the model {what}: pass a LLaMA-like model as load_model returns it")
-    side, name = min((min(m.in_features, m.out_features), name) for name, m in layers.items())
-    if not 1 <= rank <= side:
-        raise ValueError(f"rank {rank} is outside 1..{side}, the smaller side of {name}: lower it")
+    check_rank(model, rank, targets)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout} is outside [0, 1): the paper's code takes 0.05")
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout).train(layer.training))
     return model
+
+
+def check_rank(model: nn.Module, rank: int, targets=TARGETS) -> None:
+    """Raise ValueError if a target layer is too small for the rank."""
+    layers = _target_layers(model, targets).items()
+    side, name = min((min(m.in_features, m.out_features), name) for name, m in layers)
+    if not 1 <= rank <= side:
+        raise ValueError(f"rank {rank} is outside 1..{side}, the smaller side of {name}: lower it")
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -109,14 +109,18 @@ def refuse_unsupported(d: dict) -> None:
         if value not in values:
             names = " or ".join(map(str, values))
             raise ValueError(f"config.json: {field} = {value} is not supported, only {names}")
-    for field in list(Config.__dataclass_fields__)[:5]:
-        if not isinstance(d.get(field), int):
-            raise ValueError(f"config.json: {field} = {d.get(field)}, an integer is needed")
+    for field in list(Config.__dataclass_fields__)[:8]:
+        optional = field not in list(Config.__dataclass_fields__)[:5] and d.get(field) is None
+        if not optional and not (isinstance(d.get(field), int) and d[field] > 0):
+            raise ValueError(f"config.json: {field} = {d.get(field)}, a positive integer is needed")
 
 
 def rope_parameters(d: dict) -> dict:
     """rope_theta and rope_scaling of a config.json, as transformers 4 writes them, or 5."""
-    rope = dict(d.get("rope_parameters") or d.get("rope_scaling") or {})
+    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_scaling = {rope}, an object is needed")
+    rope = dict(rope)
     kind = rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"config.json: rope_type = {kind} is not supported, only {[*ROPE_TYPES]}")
@@ -124,6 +128,8 @@ def rope_parameters(d: dict) -> dict:
         if field not in rope:
             raise ValueError(f"config.json: rope_type = {kind} needs {field}, which is not there")
     theta = rope.get("rope_theta") or d.get("rope_theta") or Config.rope_theta
+    if not isinstance(theta, (int, float)):
+        raise ValueError(f"config.json: rope_theta = {theta}, a number is needed")
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
 
 
@@ -429,10 +435,11 @@ def load_model(
 
 def find_folder(path_or_id: str) -> Path:
     """The folder of a checkpoint; a Hub id is downloaded into Hugging Face's cache first."""
-    folder = Path(path_or_id).expanduser()
-    if folder.is_dir():
+    folder = Path(path_or_id)
+    if path_or_id and folder.is_dir():
         return folder
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path_or_id):
+    owner_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_id)
+    if not owner_name or "--" in path_or_id or ".." in path_or_id:
         raise ValueError(f"{path_or_id}: no such folder, and no Hub id, which is owner/name")
     try:
         return Path(snapshot_download(path_or_id, allow_patterns=FILES, ignore_patterns=IGNORED))
@@ -440,7 +447,7 @@ def find_folder(path_or_id: str) -> Path:
         cure = "accept its licence on huggingface.co, then `hf auth login` or set HF_TOKEN"
     except RepositoryNotFoundError:
         cure = "check the name on huggingface.co; if private, `hf auth login` or set HF_TOKEN"
-    except OSError as error:  # its text may hold a signed address, its type says enough
+    except Exception as error:  # its text may hold a token or signed address, its type says enough
         cure = f"{type(error).__name__}, check the network or pass a local checkpoint folder"
     raise ValueError(f"{path_or_id}: no folder here, and not downloaded: {cure}")
 
@@ -462,8 +469,10 @@ def read_json(path: Path, optional: bool = False) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those that its index names, or the only one."""
-    index = read_json(folder / "model.safetensors.index.json", optional=True)
-    names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+    index = read_json(folder / "model.safetensors.index.json", optional=True).get("weight_map", {})
+    if not isinstance(index, dict):
+        raise ValueError(f"{folder}: weight_map in model.safetensors.index.json is no JSON object")
+    names = sorted(set(index.values())) or ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name}, and other kinds of weight files are not read")
@@ -500,6 +509,8 @@ def check_weights(files: list[Path], shapes: dict[str, tuple[int, ...]], tied: b
 
 def set_weight(model: Llama, name: str, weight: Tensor, bits: int) -> None:
     """Put a frozen weight in its place, as NF4 if bits = 4 and it is a linear layer of a block."""
+    if not weight.isfinite().all():
+        raise ValueError(f"{name} is not finite in the checkpoint; download it again")
     path = name.removesuffix(".weight")
     module = model.get_submodule(path)
     if bits == 4 and isinstance(module, nn.Linear) and module is not model.lm_head:
@@ -766,7 +777,10 @@ def read_template(folder: Path, settings: dict) -> str:
     """The Jinja chat template of a checkpoint, "" if it has none."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file}: not UTF-8; download it again") from None
     template = settings.get("chat_template") or ""
     if isinstance(template, list):  # several with names
         template = {entry["name"]: entry["template"] for entry in template}.get("default", "")

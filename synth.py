@@ -656,7 +656,7 @@ def pseudo_inputs(
     if not inputs:
         raise ValueError(
             f"the generator wrote no numbered list in {FRUITLESS_ROUNDS} rounds; "
-            "give it examples with --demos or a stronger --generator"
+            "give it examples with --demos or a stronger --generator, with another --out"
         )
     if len(inputs) < n:
         tqdm.write(
@@ -748,7 +748,15 @@ def synthesise(
     for record, text in zip(spoken, students, strict=True):
         record.student = text
     yield from (r for r in records if not r.turns)
-    asked = [reason_messages(prompt, r.pseudo_input, r.student, r.teacher) for r in spoken]
+
+    def question(r: Record) -> list[dict]:
+        return reason_messages(prompt, r.pseudo_input, r.student, r.teacher)
+
+    for record in spoken:
+        record.overlong |= not generator.fits(question(record))
+    yield from (r for r in spoken if r.overlong)
+    spoken = [r for r in spoken if not r.overlong]
+    asked = [question(r) for r in spoken]
     sampling = {
         "temperature": 0.7,
         "top_p": 0.9,

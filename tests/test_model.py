@@ -319,7 +319,7 @@ def test_a_broken_folder_is_one_clear_line(message, folder):
         ({"architectures": ["MistralForCausalLM"]}, "sliding_window = 4096"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type = yarn is not supported, only"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type = linear needs factor"),
-        ({"hidden_size": None}, "hidden_size = None, an integer is needed"),
+        ({"hidden_size": None}, "hidden_size = None, a positive integer is needed"),
         ({"num_key_value_heads": 3}, "3 key/value heads do not divide 4 heads"),
     ],
 )
