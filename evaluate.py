@@ -383,8 +383,12 @@ def request_line(way: str, row: dict) -> str:
 def report_run(args) -> None:
     report = evaluate_run(args.run, args.device)
     page = markdown(report, args.run.name)
-    replace_text(args.run / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    replace_text(args.run / "report.md", page)
+    try:
+        whole = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        replace_text(args.run / "report.json", whole)
+        replace_text(args.run / "report.md", page)
+    except OSError as error:
+        raise ValueError(f"{args.run}: {error}; free some space and run it again") from None
     print(f"\n{page}")
 
 

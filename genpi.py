@@ -557,7 +557,7 @@ def open_run(args, prompt: Prompt, chat: Chat) -> None:
             )
     versions = {module.__name__: module.__version__ for module in (torch, safetensors, tokenizers)}
     versions["python"] = platform.python_version()
-    (args.out / "prompt.txt").write_text(prompt.text, encoding="utf-8")
+    replace_text(args.out / "prompt.txt", prompt.text)
     replace_text(path, json.dumps({**flags, "versions": versions}, indent=2) + "\n")
 
 
@@ -708,7 +708,7 @@ def load_run(folder: Path, device: str | None = None):
         raise ValueError(
             f"{folder}: no args.json, so it is no run folder; give the --out of an earlier run"
         )
-    args = argparse.Namespace(**read_object(path, ("model", "bits", "device", "samples", "lam")))
+    args = argparse.Namespace(**read_object(path, ("model", "model_sha256", "bits", "device")))
     if not (folder / lora.CONFIG).exists():
         raise ValueError(
             f"{folder}: has no finished adapter; run genpi.py with the same flags to finish it"
@@ -718,6 +718,8 @@ def load_run(folder: Path, device: str | None = None):
     if not (folder / "prompt.txt").exists():
         raise ValueError(f"{folder / 'prompt.txt'} is missing; genpi.py makes it again")
     prompt = parse_prompt((folder / "prompt.txt").read_text(encoding="utf-8"))
+    if fingerprint(find_folder(args.model)) != args.model_sha256:
+        raise ValueError(f"{args.model} has changed since {folder} was made; run genpi.py anew")
     model, chat = load_model(args.model, args.device, bits=args.bits)
     try:
         lora.load_adapter(model, folder, base_model=args.model)
@@ -738,25 +740,25 @@ def talk(folder: Path, device: str | None) -> None:
     mode, turns = "adapter", []
     while True:
         try:
-            said = input(f"\n{mode}> ").strip()
+            said = input(f"\n{mode}> ").encode(errors="replace").decode().strip()
         except EOFError:
             return
         if said == "/quit":
             return
         if said in ("/base", "/prompt", "/adapter", "/new"):
-            mode, turns = (
-                said[1:] if said != "/new" else mode,
-                [],
-            )  # each mode begins a new conversation
+            mode, turns = mode if said == "/new" else said[1:], []  # a mode begins anew
         elif said.startswith("/"):
             print(HELP)
         elif said:
-            opening = prompt.teacher if mode == "prompt" else student_messages
             turns.append(said)
-            messages = opening(turns[0]) + [
-                message(("assistant", "user")[i % 2], t) for i, t in enumerate(turns[1:])
-            ]
-            turns.append(say_aloud(model, chat, messages, args.max_new_tokens, mode == "adapter"))
+            opening = prompt.teacher if mode == "prompt" else student_messages
+            messages = conversation(opening(turns[0]), turns[1:])
+            try:
+                reply = say_aloud(model, chat, messages, args.max_new_tokens, mode == "adapter")
+                turns.append(reply)
+            except ValueError as error:
+                turns.pop()
+                print(f"{error}; or begin another with /new")
 
 
 def say_aloud(model: Llama, chat: Chat, messages: list[dict], limit: int, adapted: bool) -> str:
@@ -783,6 +785,8 @@ def guarded(work, *args) -> int:
         if not is_out_of_memory(error):
             raise
         told = "out of memory; lower --micro-tokens or --slots, or add --checkpointing"
+    except OSError as error:
+        told = f"{error}; free some space or choose another folder"
     except ValueError as error:
         told = " ".join(str(error).split())
     print(f"error: {told}", file=sys.stderr)
@@ -809,7 +813,7 @@ def start(argv: list[str] | None) -> int:
         told = f"{args.out}: {error}; free some space or choose another --out"
         raise ValueError(told) from None
     # a process of its own: memory is free, and the report comes from the command that repeats it
-    command = [sys.executable, HERE / "evaluate.py", "--run", args.out, "--device", args.device]
+    command = [sys.executable, HERE / "evaluate.py", f"--run={args.out}", "--device", args.device]
     return subprocess.run([str(word) for word in command]).returncode
 
 

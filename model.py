@@ -471,8 +471,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those that its index names, or the only one."""
     index = read_json(folder / "model.safetensors.index.json", optional=True).get("weight_map", {})
     if not isinstance(index, dict):
-        raise ValueError(f"{folder}: weight_map in model.safetensors.index.json is no JSON object")
-    names = sorted(set(index.values())) or ["model.safetensors"]
+        raise ValueError(f"{folder}: weight_map in model.safetensors.index.json is damaged")
+    names = sorted({str(name) for name in index.values()}) or ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: no {name}, and other kinds of weight files are not read")

@@ -544,6 +544,11 @@ class Record:
     overlong: bool = False
     seconds: float = 0.0
 
+    def is_whole(self) -> bool:
+        """False for what this program never wrote."""
+        texts = [self.pseudo_input, self.student, self.reason, *self.turns]
+        return isinstance(self.index, int) and all(isinstance(text, str) for text in texts)
+
     @property
     def teacher(self) -> str:
         """yT_0, the teacher's first output."""
@@ -797,7 +802,10 @@ def read_records(path: Path) -> list[Record]:
     lines = lines[:-1] if ends_whole else lines
     for number, line in enumerate(lines, 1):
         try:
-            records.append(Record(**json.loads(line)))
+            record = Record(**json.loads(line))
+            if not record.is_whole() or record.index in {r.index for r in records}:
+                raise ValueError(line)
+            records.append(record)
         except (ValueError, TypeError):
             if number < len(lines):
                 raise ValueError(

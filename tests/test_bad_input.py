@@ -445,6 +445,19 @@ def test_an_out_that_begins_with_a_dash(run, report, tmp_path, monkeypatch):
     assert run("--out=-run")[0] == 0 and Path("-run", "report.md").exists()
 
 
+def test_a_full_disk_under_a_finished_run(run, again, monkeypatch):
+    """A write that fails half-way leaves every file of a finished run whole."""
+
+    def write_half(path, text, **how):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise FULL
+
+    before = files(again)
+    monkeypatch.setattr(Path, "write_text", write_half)
+    complaint(run("--out", again), again, "No space left")
+    assert {name: content for name, content in files(again).items() if name in before} == before
+
+
 def test_a_full_disk_at_the_report(report, again, monkeypatch):
     """A report that cannot be written names its folder and the cure, too."""
     monkeypatch.setattr(evaluate, "replace_text", raises(FULL))
@@ -489,10 +502,10 @@ def test_a_corrupt_record_in_the_middle(run, again, line):
 
 
 def test_a_record_that_is_there_twice(run, again):
-    """Two records of one pseudo input, as two processes in one folder write them, are refused."""
+    """A second record of one pseudo input, as two processes in one folder write it, is refused."""
     lines = (again / "data.jsonl").read_text(encoding="utf-8").splitlines(True)
-    (again / "data.jsonl").write_text("".join([*lines, lines[1]]), encoding="utf-8")
-    complaint(run("--out", again), again / "data.jsonl", "line 5", "twice", "delete that line")
+    (again / "data.jsonl").write_text("".join([*lines[:2], *lines[1:]]), encoding="utf-8")
+    complaint(run("--out", again), again / "data.jsonl", "line 3", "delete that line")
 
 
 def test_a_report_on_missing_records(report, again):
@@ -550,6 +563,15 @@ def test_a_report_without_a_file(report, again, name):
     """A run folder that lacks a file says which, and that genpi.py makes it again."""
     (again / name).unlink()
     complaint(report(again), name, "genpi.py")
+
+
+def test_a_report_on_other_weights(run, report, out, checkpoint, tmp_path):
+    """An adapter is not measured on weights that are not those it was trained on."""
+    base = shutil.copytree(checkpoint, tmp_path / "base")
+    assert run("--model", base)[0] == 0
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, base / "model.safetensors")
+    complaint(report(out), base, "changed")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])

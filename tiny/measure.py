@@ -1,6 +1,6 @@
 """Measure the embedded model: does it read os.txt, and can it play every part that GenPI gives it?
 
-    python tiny/measure.py                  the model beside this file; two minutes on two CPU cores
+    python tiny/measure.py                  the model beside this file; five minutes of processor time
     python tiny/measure.py --model OTHER --bits 4 --json other.json
 
     agent         works through whole conversations; what it is shown follows from nothing it knows

@@ -250,7 +250,7 @@ def main():
     parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon: block matrices")
     parser.add_argument("--muon-decay", type=float, default=0.3, help="weight decay of Muon")
     parser.add_argument(
-        "--short", type=float, default=0.2, help="share of the steps on short prompts, at the start"
+        "--short", type=float, default=0.15, help="share of the steps on short prompts, at the start"
     )
     parser.add_argument(
         "--decay", type=float, default=0.45, help="share of the steps in which the rate falls to 0"
