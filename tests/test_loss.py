@@ -61,7 +61,7 @@ def test_shift_moves_labels_one_place_left():
 
 
 def test_picked_logits_give_the_same_loss():
-    """Logits made only where a target is predicted, (N, V), give what all logits, (B, T, V), give."""
+    """Logits (N, V) only where a target is predicted give what all logits (B, T, V) give."""
     torch.manual_seed(0)
     every = torch.randn(2, 5, 3)
     labels = torch.tensor([[IGNORE, A, B, IGNORE, C], [IGNORE, IGNORE, C, A, IGNORE]])
@@ -92,7 +92,7 @@ def test_micro_batches_add_up_to_the_batch(tokens):
 
 
 def test_no_micro_batch_is_larger_than_allowed():
-    """Padded size stays within the limit unless a single sequence exceeds it, and no row is lost."""
+    """Padded size stays within the limit unless one sequence exceeds it; no row is lost."""
     sequences = [Sequence([0] * n, [0] * n) for n in (2, 9, 3, 3, 5, 1)]
     shapes = [tuple(ids.shape) for ids, _ in micro_batches(sequences, 8, "cpu")]
     assert shapes == [(1, 9), (1, 5), (2, 3), (2, 2)]
