@@ -190,9 +190,7 @@ def micro_batches(sequences: list[Sequence], tokens: int, device) -> Iterator[tu
 
 
 def sequence_nll(model: Llama, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of nats over the targets of a micro-batch; logits are made only where a target is
-    predicted.
-    """
+    """Nats over the targets of a micro-batch; logits exist only where a target is predicted."""
     return token_nll(model(ids, at=next_tokens(labels) != IGNORE), labels)[0]
 
 
@@ -206,9 +204,7 @@ def train_step(model, optimizer, sft, pg, lam, clip, tokens, device) -> tuple[fl
     for term, sequences in enumerate((sft, pg)):
         n_tokens = sum(label != IGNORE for s in sequences for label in s.labels)
         for ids, labels in micro_batches(sequences, tokens, device):
-            mean = (
-                sequence_nll(model, ids, labels) / n_tokens
-            )  # this micro-batch's part of the mean
+            mean = sequence_nll(model, ids, labels) / n_tokens  # this part of the batch's mean
             joint_loss(*((mean, 0.0) if term == 0 else (0.0, mean)), lam).backward()
             sums[term] += mean.item()
     norm = torch.nn.utils.clip_grad_norm_(lora.adapter_parameters(model), clip).item()
@@ -345,7 +341,8 @@ def load_checkpoint(out: Path, model: Llama, optimizer) -> int:
         with safetensors.safe_open(path, framework="pt") as file:
             step = int(file.metadata()["step"])
         saved = load_file(path)
-        assert set(saved) == set(named_state(model, optimizer))
+        shapes = {name: t.shape for name, t in named_state(model, optimizer).items()}
+        assert shapes == {name: t.shape for name, t in saved.items()}
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AssertionError):
         told = f"{path} is no checkpoint of this run; delete it, and the training begins anew"
         raise ValueError(told) from None

@@ -475,7 +475,8 @@ def weight_files(folder: Path) -> list[Path]:
     names = sorted({str(name) for name in index.values()}) or ["model.safetensors"]
     for name in names:
         if not (folder / name).is_file():
-            raise ValueError(f"{folder}: no {name}, and other kinds of weight files are not read")
+            why = "which model.safetensors.index.json names" if index else "the only kind read"
+            raise ValueError(f"{folder}: no {name}, {why}; download it again")
     return [folder / name for name in names]
 
 

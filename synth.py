@@ -629,9 +629,7 @@ def more_inputs(
         sample(voice.model, voice.chat, asked, LIST_ITEMS * 64, **sampling, slots=voice.slots)
     ):
         items = parse_list(voice.chat.decode(ids), firsts[row])
-        found += (
-            items if whole else items[:-1]
-        )  # a list cut off at the token limit ends in half an item
+        found += items if whole else items[:-1]  # a list cut at the limit ends in half an item
     return found
 
 
@@ -740,8 +738,7 @@ def synthesise(
     max_turns: int,
     seed: int,
 ) -> Iterator[Record]:
-    """Fill in conversations, student outputs and reasons of a wave; yield each record as it is
-    finished.
+    """Fill in a wave's conversations, student outputs and reasons; yield finished records.
 
     voice: the model that is trained; generator: the model that writes the reasons.
     """
@@ -762,27 +759,16 @@ def synthesise(
     yield from (r for r in spoken if r.overlong)
     spoken = [r for r in spoken if not r.overlong]
     asked = [question(r) for r in spoken]
-    sampling = {
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "seed": [hash_seed(seed, "reason", r.index) for r in spoken],
-    }
-    rows = sample(
-        generator.model,
-        generator.chat,
-        asked,
-        generator.max_new_tokens,
-        slots=generator.slots,
-        **sampling,
-    )
+    seeds = [hash_seed(seed, "reason", r.index) for r in spoken]
+    limits = {"max_new_tokens": generator.max_new_tokens, "slots": generator.slots}
+    sampling = {"temperature": 0.7, "top_p": 0.9, "seed": seeds}
+    rows = sample(generator.model, generator.chat, asked, **limits, **sampling)
     for row, ids, _ in tqdm(
         rows, f"{'reasons':<18}", len(spoken), unit="reason", dynamic_ncols=True
     ):
         spoken[row].reason = generator.chat.decode(ids).strip()
-        spoken[row].seconds, clock = (
-            time.perf_counter() - clock,
-            time.perf_counter(),
-        )  # since the last record
+        spoken[row].seconds = time.perf_counter() - clock  # since the last record
+        clock += spoken[row].seconds
         yield spoken[row]
 
 
