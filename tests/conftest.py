@@ -4,6 +4,7 @@ It says nonsense, so a test that needs pseudo inputs writes inputs.json itself.
 """
 
 import json
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from model import Config, Llama
 
+# a shell that runs the tests in the background has them ignore Ctrl-C, which some tests press
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # matrices this small are slower on two
 
 CONTROL = "<|begin_of_text|> <|eot_id|> <|start_header_id|> <|end_header_id|>".split()
