@@ -211,7 +211,7 @@ def save_adapter(
     }
     name = name or _content_name(config, weights)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "name": name}
+    metadata = {"name": name}  # one entry: several would be written in random order
     _write(folder / WEIGHTS, lambda path: save_file(weights, path, metadata))
     _write_json(folder / CONFIG, config)
     return name

@@ -240,7 +240,7 @@ def test_the_name_is_in_the_file_and_tells_contents_apart(tmp_path):
     assert save_adapter(model, tmp_path / "d", name="mine") == "mine"
     assert load_adapter(base_model(), tmp_path / "d") == "mine"
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "name": first}
+        assert file.metadata() == {"name": first}
 
 
 def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
