@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -17,6 +16,7 @@ from lora import (
     adapter_off,
     adapter_parameters,
     add_lora,
+    drop,
     load_adapter,
     lora_layers,
     merge,
@@ -85,15 +85,45 @@ def test_gradients_follow_the_hand_formula():
     assert layer.base.weight.grad is None
 
 
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.99])
+def test_dropout_zeroes_independently_and_keeps_the_mean(p):
+    """A share p is 0, neighbours and bytes of one random word alike; the rest / (1 - p) averages 1.
+
+    Over n numbers a share may miss by 5 standard errors.
+    """
+    n = 400_003  # not a multiple of the four numbers that share a word
+    kept, share = drop(torch.ones(n), p)
+    gone, error = kept == 0, 5 * (p * (1 - p) / n) ** 0.5 + 1 / 65536
+    assert set(kept.unique().tolist()) <= {0.0, 1.0} and abs(gone.float().mean() - p) <= error
+    assert abs((kept / share).mean() - 1) <= error / (1 - p)
+    for i in range(4):
+        assert abs(gone[i::4].float().mean() - p) <= 2 * error
+    for step in (1, 2, 3, 4):
+        assert abs((gone[step:] & gone[:-step]).float().mean() - p * p) <= error
+
+
+def test_dropout_follows_the_seed_and_passes_its_mask_to_the_gradient():
+    """The same seed gives the same zeros, another one others; d kept / dx is 0 where x was cut."""
+    x = torch.randn(50, 33, requires_grad=True)
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        kept, _ = drop(x, 0.3)
+        masks.append(kept != 0)
+    (gradient,) = torch.autograd.grad(kept.sum(), x)
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+    assert torch.equal(gradient, masks[2].float())
+
+
 def test_dropout_touches_only_the_input_of_the_adapter_in_training():
     """In training y = W x + s B A dropout(x) with the unharmed W x; in evaluation no dropout."""
     layer, x = one_layer(dropout=0.5)
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)
-    dropped = F.dropout(x, 0.5)
-    assert (dropped == 0).any()
-    low = dropped @ layer.lora_A.T
+    kept, share = drop(x, 0.5)
+    assert (kept == 0).any()
+    low = kept / share @ layer.lora_A.T
     torch.testing.assert_close(y, x @ layer.base.weight.T + 3 * low @ layer.lora_B.T)
     clear = layer.base(x) + 3 * x @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(layer.eval()(x), clear)
