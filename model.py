@@ -137,41 +137,34 @@ def rope_parameters(d: dict) -> dict:
 
 
 class KVCache:
-    """Keys and values of B rows; row b holds counts[b] valid tokens behind the shared prefix.
+    """Keys and values of B rows; row b holds lengths[b] valid tokens behind the shared prefix.
 
     k, v     (L, B, K, length, hd), allocated once
-    lengths  (B,) int64 on the device; counts is the same list on the host, so that `bound`, the
-             longest row, can cut the keys without waiting for the device
+    lengths  (B,) int64 on the device
+    bound    no row holds more. It lies on the host, so that the keys can be cut without waiting
+             for the device; who knows a smaller one may set it
     prefix   a filled cache of one row, which every row sees before its own tokens, or None
     """
 
     def __init__(self, config: Config, batch: int, length: int, device, dtype, prefix=None):
-        assert prefix is None or (len(prefix.counts) == 1 and prefix.prefix is None)
+        assert prefix is None or (len(prefix.lengths) == 1 and prefix.prefix is None)
         shape = (batch, config.num_key_value_heads, length, config.head_dim)
         # zeros, not empty: what the mask hides gets weight 0, but 0 * nan would be nan
         self.k = torch.zeros(config.num_hidden_layers, *shape, device=device, dtype=dtype)
         self.v = torch.zeros_like(self.k)
         self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
-        self.counts = [0] * batch
+        self.bound = 0
         self.prefix = prefix
-
-    @property
-    def bound(self) -> int:
-        """Valid tokens of the longest row."""
-        return max(self.counts, default=0)
 
     def advance(self, n: int | list[int]) -> None:
         """Declare valid what a forward pass wrote: n tokens in every row, or n[b] in row b."""
-        steps = [n] * len(self.counts) if isinstance(n, int) else n
-        self.counts = [count + step for count, step in zip(self.counts, steps, strict=True)]
-        assert self.bound <= self.k.size(3), f"{self.bound} tokens in a cache of {self.k.size(3)}"
+        self.bound += n if isinstance(n, int) else max(n)
         self.lengths += n if isinstance(n, int) else torch.tensor(n, device=self.lengths.device)
 
     def keep(self, rows: list[int]) -> None:
         """Drop every row but these: the batch shrinks as conversations end."""
-        index = torch.tensor(rows, device=self.lengths.device, dtype=torch.int64)
+        index = torch.tensor(rows, device=self.lengths.device)
         self.k, self.v, self.lengths = self.k[:, index], self.v[:, index], self.lengths[index]
-        self.counts = [self.counts[row] for row in rows]
 
     def put(self, rows: list[int], other: "KVCache") -> None:
         """Overwrite these rows with another cache's: a free slot takes a new conversation."""
@@ -179,8 +172,7 @@ class KVCache:
         self.k[:, index, :, :n] = other.k[:, :, :, :n]
         self.v[:, index, :, :n] = other.v[:, :, :, :n]
         self.lengths[index] = other.lengths
-        for row, count in zip(rows, other.counts, strict=True):
-            self.counts[row] = count
+        self.bound = max(self.bound, other.bound)
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -385,6 +377,12 @@ class Llama(nn.Module):
         P + lengths[b]. The caller then advances the cache by the number of REAL tokens of each row;
         what padding wrote is never seen, and the next pass overwrites it.
         """
+        return self.lm_head(self.hidden(ids, cache, at))
+
+    def hidden(
+        self, ids: Tensor, cache: KVCache | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """The same without lm_head: what it reads, (B, T, D) or (N, D)."""
         x = self.model.embed_tokens(ids)  # (B, T, D)
         step = self.model.step(ids.size(1), cache, x.dtype)
         for layer in self.model.layers:
@@ -392,7 +390,7 @@ class Llama(nn.Module):
                 x = checkpoint(layer, x, step, use_reentrant=False)
             else:
                 x = layer(x, step)
-        return self.lm_head(self.model.norm(x if at is None else x[at]))
+        return self.model.norm(x if at is None else x[at])
 
 
 # --------------------------------------------------------------------------------------- loading

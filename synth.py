@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ END = "[END]"
 OPENING = "Start a new conversation."
 FRUITLESS_ROUNDS = 5  # rounds without a new pseudo input after which we go on with what there is
 LIST_ITEMS = 10  # pseudo inputs asked for in one list
+BURST = {"cpu": 1, "cuda": 16}  # tokens a row between two looks at what the device has written
+STRIDE = 256  # of the keys in sight of a captured step
 PREFILL_TOKENS = 8192  # prompt tokens computed in one forward pass; bounds the activations
 
 # ------------------------------------------------------------------------------------ templates
@@ -348,20 +351,16 @@ def sample(
         )
     seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else seed
     draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    batch = Batch(model, prompts, rooms, slots)
+    choose = partial(pick, temperature=temperature, top_p=top_p)
     waiting = deque(range(len(prompts)))
-    while waiting or batch.busy():
+    batch = Batch(model, prompts, rooms, draws, chat.stops, choose, slots) if prompts else None
+    while waiting or (batch and batch.busy()):
         freed = batch.free()
         if waiting and (len(freed) * 4 >= batch.slots or not batch.busy()):
-            rows = [waiting.popleft() for _ in freed[: len(waiting)]]
-            logits, order = batch.start(rows, freed[: len(rows)]), rows
+            batch.start([waiting.popleft() for _ in freed[: len(waiting)]], freed)
         else:
-            logits, order = batch.advance(), batch.busy()
-        u = torch.stack([draws[row][len(batch.written[row])] for row in order])
-        picked = pick(logits, u.to(logits.device), temperature, top_p).tolist()
-        for row, token in zip(order, picked, strict=True):
-            if batch.take(row, token, token in chat.stops):
-                yield row, batch.written[row], token in chat.stops
+            batch.advance()
+        yield from batch.collect()
         if not waiting:
             batch.shrink()
 
@@ -379,7 +378,8 @@ def pick(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
     p = p * (p.cumsum(-1) - p < top_p)  # the mass before a token decides, so the first always stays
     mass = p.cumsum(-1)
     place = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
-    place = place.minimum((p > 0).sum(-1, keepdim=True) - 1)
+    last = (p > 0).sum(-1, keepdim=True) - 1  # -1 where the logits are not numbers
+    place = place.minimum(last).clamp(min=0)
     return order.gather(1, place)[:, 0]
 
 
@@ -396,22 +396,40 @@ def shared_prefix(prompts: list[list[int]]) -> int:
 
 
 class Batch:
-    """The conversations in flight: which row sits in which slot of the cache, what it wrote."""
+    """The conversations in flight, each in a slot of the cache (R slots, N new tokens at most).
 
-    def __init__(self, model: Llama, prompts: list[list[int]], rooms: list[int], slots: int | None):
-        self.model, self.prompts, self.rooms = model, prompts, rooms
+    What choosing a token needs lies on the device, so that a GPU is not asked after every token:
+
+        last, live, count, room   (R,) the token to feed, 1 while the row goes on, tokens written
+                                  and allowed
+        written, draws            (R, N + 1) the tokens, and for each a uniform number to pick it by
+
+    On the host: seat[slot] is the row that sits there, or None.
+    """
+
+    STATE = ("last", "live", "count", "room", "written", "draws")
+
+    def __init__(self, model: Llama, prompts, rooms, draws, stops, choose, slots=None):
+        self.model, self.prompts, self.rooms, self.choose = model, prompts, rooms, choose
         embedding = model.model.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
+        self.burst = BURST[self.device.type]
         self.prefix = self.prefill_prefix(shared_prefix(prompts))
         P = self.prefix.bound if self.prefix else 0
         self.own = [ids[P:] for ids in prompts]
-        length = max(
-            (len(ids) + room for ids, room in zip(self.own, rooms, strict=True)), default=1
-        )
-        self.slots = min(slots or self.affordable(length), max(len(prompts), 1))
+        length = max(len(ids) + room for ids, room in zip(self.own, rooms, strict=True))
+        self.slots = min(slots or self.affordable(length), len(prompts))
         self.cache = self.new_cache(self.slots, length)
-        self.seat: list[int | None] = [None] * self.slots  # the row in each slot
-        self.written: list[list[int]] = [[] for _ in prompts]
+        self.seat: list[int | None] = [None] * self.slots
+        self.row_draws, self.stops = draws, torch.tensor(sorted(stops), device=self.device)
+        for name in self.STATE[:4]:
+            setattr(self, name, torch.zeros(self.slots, dtype=torch.int64, device=self.device))
+        width = max(rooms) + 1  # the last place takes what a row says after its end
+        self.written = torch.zeros(self.slots, width, dtype=torch.int64, device=self.device)
+        self.draws = torch.zeros(self.slots, width, device=self.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.every = torch.arange(self.slots, device=self.device)
+        self.graphs: dict[int, Callable] = {}
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         return KVCache(self.model.config, batch, length, self.device, self.dtype, self.prefix)
@@ -423,7 +441,7 @@ class Batch:
         prefix = KVCache(self.model.config, 1, P, self.device, self.dtype)
         for at in range(0, P, PREFILL_TOKENS):
             ids = torch.tensor([self.prompts[0][:P][at : at + PREFILL_TOKENS]], device=self.device)
-            self.model(ids, prefix, at=torch.zeros_like(ids, dtype=torch.bool))  # no logits needed
+            self.model.hidden(ids, prefix)
             prefix.advance(ids.size(1))
         return prefix
 
@@ -431,75 +449,117 @@ class Batch:
         """Slots whose keys and values fit half of the free GPU memory; 64 on a CPU."""
         if self.device.type != "cuda":
             return 64
-        c = self.model.config
-        row = (
-            2
-            * c.num_hidden_layers
-            * c.num_key_value_heads
-            * c.head_dim
-            * length
-            * self.dtype.itemsize
-        )
+        c, size = self.model.config, self.dtype.itemsize
+        row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * length * size
         return max(1, min(256, torch.cuda.mem_get_info(self.device)[0] // 2 // row))
 
     def busy(self) -> list[int]:
-        """Rows in flight, in the order of their slots."""
-        return [row for row in self.seat if row is not None]
+        """Slots with a row in flight."""
+        return [slot for slot, row in enumerate(self.seat) if row is not None]
 
     def free(self) -> list[int]:
         return [slot for slot, row in enumerate(self.seat) if row is None]
 
-    def start(self, rows: list[int], slots: list[int]) -> torch.Tensor:
-        """Seat new rows and read their own prompts -> logits (n, V) of their first tokens."""
-        longest = max(len(self.own[row]) for row in rows)
-        group = max(1, PREFILL_TOKENS // longest)
-        logits = []
+    def start(self, rows: list[int], slots: list[int]) -> None:
+        """Seat new rows, read their own prompts, and take their first tokens."""
+        group = max(1, PREFILL_TOKENS // max(len(self.own[row]) for row in rows))
         for at in range(0, len(rows), group):
-            some, seats = rows[at : at + group], slots[at : at + group]
-            counts = [len(self.own[row]) for row in some]
-            ids = torch.zeros(len(some), max(counts), dtype=torch.int64, device=self.device)
-            for i, row in enumerate(some):
-                ids[i, : counts[i]] = torch.tensor(self.own[row])
-            last = (
-                torch.arange(ids.size(1), device=self.device)
-                == torch.tensor(counts, device=self.device)[:, None] - 1
-            )
-            fresh = self.new_cache(len(some), ids.size(1))
-            logits.append(self.model(ids, fresh, at=last))
-            fresh.advance(counts)
+            some = rows[at : at + group]
+            seats = slots[at : at + len(some)]
+            logits, fresh = self.read([self.own[row] for row in some])
             self.cache.put(seats, fresh)
+            index = torch.tensor(seats, device=self.device)
+            self.live[index], self.count[index] = 1, 0
+            self.room[index] = torch.tensor([self.rooms[row] for row in some], device=self.device)
+            draws = torch.stack([self.row_draws[row] for row in some]).to(self.device)
+            self.draws[index, : self.draws.size(1) - 1] = draws[:, : self.draws.size(1) - 1]
             for slot, row in zip(seats, some, strict=True):
                 self.seat[slot] = row
-        return torch.cat(logits)
+            self.take(logits, index)
 
-    def advance(self) -> torch.Tensor:
-        """Feed the last token of every row in flight -> logits (n, V) of the next.
+    def read(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache]:
+        """Read prompts in one pass -> logits (n, V) after the last token of each, their cache."""
+        counts = [len(ids) for ids in prompts]
+        padded = [ids + [0] * (max(counts) - len(ids)) for ids in prompts]
+        ends = torch.tensor(counts, device=self.device)[:, None] - 1
+        fresh = self.new_cache(len(prompts), max(counts))
+        at = torch.arange(max(counts), device=self.device) == ends
+        logits = self.model(torch.tensor(padded, device=self.device), fresh, at=at)
+        fresh.advance(counts)
+        return logits, fresh
 
-        An empty slot computes along on a dummy token but does not grow, and the next row overwrites
-        it.
+    def take(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
+        """Choose and note the next token of these slots, logits (n, V); end those that it ends."""
+        count = self.count[slots]
+        token = self.choose(logits, self.draws[slots, count])
+        more = self.live[slots].bool() & (token[:, None] != self.stops).all(-1)
+        self.written[slots, count] = self.last[slots] = token
+        self.count[slots] = count + more
+        self.live[slots] = (more & (count + 1 < self.room[slots])).long()
+        self.finite &= logits.amax(-1).isfinite().all()
+
+    def step(self) -> None:
+        """Feed the last token of every slot and take the next. Nothing here waits for the device.
+
+        A slot without a live row computes along, but what it writes is never read.
         """
-        last = [0 if row is None else self.written[row][-1] for row in self.seat]
-        logits = self.model(torch.tensor(last, device=self.device)[:, None], self.cache)[:, -1]
-        self.cache.advance([int(row is not None) for row in self.seat])
-        return logits[[slot for slot, row in enumerate(self.seat) if row is not None]]
+        logits = self.model(self.last[:, None], self.cache)[:, -1]
+        self.cache.lengths += self.live
+        self.take(logits, self.every)
 
-    def take(self, row: int, token: int, stop: bool) -> bool:
-        """Note the token that a row chose; True, and the slot is free, if the row has finished."""
-        if not stop:
-            self.written[row].append(token)
-        finished = stop or len(self.written[row]) == self.rooms[row]
-        if finished:
-            self.seat[self.seat.index(row)] = None
-        return finished
+    def advance(self) -> None:
+        """Write `burst` tokens in every slot, on a GPU as replays of a captured CUDA graph.
+
+        A graph has fixed shapes, so there the keys in sight grow in strides, with a graph for each.
+        The first step of a stride runs as it is, since what it compiles cannot be captured.
+        """
+        n, length = self.burst, self.cache.k.size(3)
+        sight = self.longest + n if n == 1 else -(-(self.longest + n) // STRIDE) * STRIDE
+        self.cache.bound = min(sight, length) - 1
+        for _ in range(n):
+            self.graphs.get(sight, self.step)()
+            if n > 1 and sight not in self.graphs:
+                self.graphs[sight] = capture(self.step, self.device)
+
+    def collect(self) -> list[tuple[int, list[int], bool]]:
+        """Rows that have ended: (row, its ids, whether by itself). Their slots are free again.
+
+        Raises: ValueError if the model's logits were not finite.
+        """
+        live, count = torch.stack((self.live, self.count)).tolist()  # here we wait for the device
+        if not self.finite:
+            raise ValueError("the model's logits are not finite; is the checkpoint damaged?")
+        ended = [slot for slot in self.busy() if not live[slot]]
+        found = []
+        for slot, ids in zip(ended, self.written[ended].tolist(), strict=True):
+            row, self.seat[slot] = self.seat[slot], None
+            found.append((row, ids[: count[slot]], count[slot] < self.rooms[row]))
+        lengths = [len(self.own[self.seat[slot]]) + count[slot] - 1 for slot in self.busy()]
+        self.longest = max(lengths, default=0)  # tokens of a row in the cache
+        return found
 
     def shrink(self) -> None:
         """Drop empty slots once they are the majority; only when no row is waiting for them."""
-        used = [slot for slot, row in enumerate(self.seat) if row is not None]
+        used = self.busy()
         if used and 2 * len(used) <= self.slots:
             self.cache.keep(used)
+            for name in self.STATE:
+                setattr(self, name, getattr(self, name)[used])
             self.seat, self.slots = [self.seat[slot] for slot in used], len(used)
+            self.every, self.graphs = self.every[: self.slots], {}
 
 
+def capture(step: Callable, device: torch.device) -> Callable:
+    """A step as one CUDA graph, launched at once instead of kernel by kernel."""
+    if device.type != "cuda":
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+@torch.no_grad()
 def stream(model: Llama, chat: Chat, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
     """Yield the greedy reply to one conversation piece by piece."""
     ids = chat.encode(messages, reply=True)[0]
@@ -508,17 +568,18 @@ def stream(model: Llama, chat: Chat, messages: list[dict], max_new_tokens: int) 
         raise ValueError(
             f"the conversation of {len(ids)} tokens fills the model's context of {chat.context}"
         )
-    batch, said = Batch(model, [ids], [room], 1), ""
-    logits, finished = batch.start([0], [0]), False
-    while not finished:
-        token = logits.argmax(-1).item()
-        finished = batch.take(0, token, token in chat.stops)
-        text = chat.decode(batch.written[0])
+    choose = partial(pick, temperature=0.0, top_p=1.0)
+    batch, said = Batch(model, [ids], [room], [torch.zeros(room)], chat.stops, choose), ""
+    batch.start([0], [0])
+    while True:
+        ended = batch.collect()
+        text = chat.decode(ended[0][1] if ended else batch.written[0, : batch.count[0]].tolist())
         if not text.endswith("\ufffd"):  # half of a multi-byte character: wait for the rest
             yield text[len(said) :]
             said = text
-        if not finished:
-            logits = batch.advance()
+        if ended:
+            return
+        batch.advance()
 
 
 # --------------------------------------------------------------------------------------- stages

@@ -1,5 +1,6 @@
 """The sampler: greedy text needs no cache, neighbours change nothing, the nucleus is exact."""
 
+import copy
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from synth import generate, message, pick, sample, stream
 
 ALPHABET = "#abcdefghijklmnopqrstuvwxyz.,;:!"
 STOPS = "#ab"
+WARM = {"temperature": 1.0, "top_p": 0.9}
 SLOTS = (1, 2, 3, None)  # rows in flight; None takes all
 SHAPE = Config(
     vocab_size=len(ALPHABET),
@@ -59,7 +61,8 @@ def model() -> Llama:
 def shapes(model):
     """The (rows, tokens) of every forward pass, in order."""
     seen = []
-    hook = model.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
+    first = model.model.embed_tokens
+    hook = first.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape)))
     yield seen
     hook.remove()
 
@@ -132,6 +135,41 @@ def test_prompts_read_in_pieces_give_the_same_text(model, monkeypatch):
     assert generate(model, chat, chats(*SHARED), 12) == whole
     monkeypatch.setattr(synth, "PREFILL_TOKENS", 7)
     assert generate(model, chat, chats(*SHARED), 12) == whole
+
+
+@pytest.mark.parametrize("slots", SLOTS)
+@pytest.mark.parametrize("burst", [2, 5, 40])
+@pytest.mark.parametrize("texts", [OWN, SHARED], ids=["no prefix", "prefix"])
+def test_looking_less_often_changes_no_text(model, monkeypatch, texts, burst, slots):
+    """With many tokens between two looks at the device, and keys in strides, texts are the same."""
+    chat = Letters()
+    greedy = generate(model, chat, chats(*texts), 12)
+    warm = sorted(sample(model, chat, chats(*texts), 12, **WARM))
+    monkeypatch.setitem(synth.BURST, "cpu", burst)
+    monkeypatch.setattr(synth, "STRIDE", 8)
+    assert generate(model, chat, chats(*texts), 12, slots=slots) == greedy
+    assert sorted(sample(model, chat, chats(*texts), 12, **WARM, slots=slots)) == warm
+    for text, whole in zip(texts, greedy, strict=True):
+        assert "".join(stream(model, chat, chats(text)[0], 12)) == whole
+
+
+def test_a_captured_step_is_made_once_a_stride(model, monkeypatch):
+    """In a burst the first step of a stride runs as it is, all later ones are the captured step."""
+    made, capture = [], synth.capture
+    monkeypatch.setitem(synth.BURST, "cpu", 4)
+    monkeypatch.setattr(synth, "STRIDE", 16)
+    monkeypatch.setattr(synth, "capture", lambda *step: made.append(0) or capture(*step))
+    generate(model, Letters(""), chats("x" * 10), 40)  # 50 tokens: strides end at 16, 32, 48, 64
+    assert len(made) == 4
+
+
+def test_logits_that_are_not_finite_are_refused(model):
+    """A damaged weight is one ValueError, greedy or sampled, not a text of token 0."""
+    broken = copy.deepcopy(model)
+    broken.model.norm.weight.data[3] = float("nan")
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match=r"\A.*logits are not finite.*\Z"):
+            generate(broken, Letters(), chats(*OWN), 5, temperature=temperature)
 
 
 def test_a_stream_is_the_greedy_text_in_pieces(model):
@@ -315,8 +353,6 @@ def test_each_row_has_its_own_nucleus():
 
 
 # ----------------------------------------------------------------------------------------- sampling
-
-WARM = {"temperature": 1.0, "top_p": 0.9}
 
 
 @pytest.mark.parametrize("texts", [OWN, SHARED], ids=["no prefix", "prefix"])
