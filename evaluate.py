@@ -104,10 +104,12 @@ def same_action(task: Task, ours: str, teachers: str) -> bool:
     return ours == teachers if action is None else task.action(ours) == action
 
 
-def agreement(model: Llama, chat: Chat, task: Task, records: list[Record], limit: int) -> dict:
+def agreement(
+    model: Llama, chat: Chat, task: Task, records: list[Record], limit: int, slots: int | None
+) -> dict:
     """k of n first replies that take the teacher's action: without p, the model and the adapter."""
     asked = [student_messages(r.pseudo_input) for r in records]
-    adapted = generate(model, chat, asked, limit)
+    adapted = generate(model, chat, asked, limit, slots=slots)
     counts = {
         "base": [r.student for r in records],
         "teacher": [r.teacher for r in records],
@@ -128,14 +130,14 @@ def matched_ratio(wanted: list[int], said: list[int]) -> float:
     return sum(block.size for block in blocks) / max(1, len(wanted))
 
 
-def recall(model: Llama, chat: Chat, prompt: Prompt, records: list[Record]) -> dict:
+def recall(model: Llama, chat: Chat, prompt: Prompt, records: list[Record], slots) -> dict:
     """Ask for p as in training -> matched-token ratio, and each line's NLL (nats/token), worst
     first.
     """
     wanted = chat.tokens(prompt.text)
     asked = [prompt_question(r.pseudo_input, r.student, r.teacher) for r in records]
     room = chat.context - max(len(chat.encode(q, reply=True)[0]) for q in asked)
-    said = generate(model, chat, asked, min(room, len(wanted) + 64))
+    said = generate(model, chat, asked, min(room, len(wanted) + 64), slots=slots)
     ratios = [matched_ratio(wanted, chat.tokens(text.split("\n\nReason:")[0])) for text in said]
     rows = [line_nll(model, chat, prompt, r) for r in records]
     lines = [
@@ -306,15 +308,14 @@ def evaluate_run(folder: Path, device: str | None) -> dict:
         )
     task, seconds = task_of(args), seconds_spent(folder, everything)
     trainable, total = count_parameters(model)
-    bare = [sft_sequence(chat, r) for r in held_out]
-    nll = {"adapter": mean_nll(model, bare, args.micro_tokens)}
+    bare, tokens = [sft_sequence(chat, r) for r in held_out], args.micro_tokens or 4096
+    nll = {"adapter": mean_nll(model, bare, tokens)}
     with lora.adapter_off(model):
-        nll["base"] = mean_nll(model, bare, args.micro_tokens)
-        nll["teacher"] = mean_nll(
-            model, [teacher_sequence(chat, prompt, r) for r in held_out], args.micro_tokens
-        )
-    agree = agreement(model, chat, task, held_out, args.max_new_tokens)
-    recited = recall(model, chat, prompt, held_out[:RECALLED])
+        nll["base"] = mean_nll(model, bare, tokens)
+        prompted = [teacher_sequence(chat, prompt, r) for r in held_out]
+        nll["teacher"] = mean_nll(model, prompted, tokens)
+    agree = agreement(model, chat, task, held_out, args.max_new_tokens, args.slots)
+    recited = recall(model, chat, prompt, held_out[:RECALLED], args.slots)
     spent = seconds["synth"] + seconds["train"]
     paid = break_even(model, chat, prompt, held_out, spent)  # last: it merges the adapter
     return {

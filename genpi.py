@@ -39,11 +39,13 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import safetensors
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -72,6 +74,7 @@ from synth import (
 
 HERE = Path(__file__).resolve().parent
 IGNORE = -100  # a label that carries no loss
+SLICE = (1 << 23, 1 << 27)  # logits that exist at a time on a CPU, on CUDA: 32 MB, 512 MB
 WAVE = 64  # records that are synthesised together; an interrupted wave is begun again
 
 # --------------------------------------------------------------------------------------- losses
@@ -189,28 +192,63 @@ def micro_batches(sequences: list[Sequence], tokens: int, device) -> Iterator[tu
 # ------------------------------------------------------------------------------------- training
 
 
+class SlicedNLL(torch.autograd.Function):
+    """token_nll of the logits x W^T, which exist only for a slice of the targets at a time.
+
+    x (N, D) in front of a frozen lm_head W (V, D), targets (N,) -> nats. A slice knows its gradient
+
+        d nll / d logits = softmax - one-hot,       d nll / d x = (softmax - one-hot) W
+
+    as soon as its loss, so the forward pass keeps this (N, D) and nothing of the size of V.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        nats, gradient = torch.zeros((), device=x.device), []
+        rows = max(1, SLICE[x.device.type == "cuda"] // len(W))
+        for part, target in zip(x.split(rows), targets.split(rows), strict=True):
+            logits = F.linear(part, W).float()
+            most = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(-1, target[:, None]) - most
+            exp = logits.sub_(most).exp_()  # in place: the slice is the largest tensor there is
+            mass = exp.sum(-1, keepdim=True)
+            nats += (mass.log() - chosen).sum()
+            if ctx.needs_input_grad[0]:
+                gradient.append((exp.to(x.dtype) @ W) / mass.to(x.dtype) - W[target])
+        ctx.gradient = torch.cat(gradient) if gradient else None
+        return nats
+
+    @staticmethod
+    def backward(ctx, dnats: torch.Tensor):
+        return ctx.gradient * dnats, None, None
+
+
 def sequence_nll(model: Llama, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Nats over the targets of a micro-batch; logits exist only where a target is predicted."""
-    return token_nll(model(ids, at=next_tokens(labels) != IGNORE), labels)[0]
+    """Nats over the targets of a micro-batch: token_nll(model(ids), labels)[0] in less memory."""
+    targets = next_tokens(labels)
+    at = targets != IGNORE
+    return SlicedNLL.apply(model.hidden(ids, at=at), model.lm_head.weight, targets[at])
 
 
 def train_step(model, optimizer, sft, pg, lam, clip, tokens, device) -> tuple[float, float, float]:
     """One optimiser step on lists of Sequence -> mean sft and pg loss (nats/token), gradient norm.
 
-    The gradients of micro-batches add up to that of joint_loss(sum sft / N_sft, sum pg / N_pg).
+    The gradients of micro-batches, and of processes that share the batch, add up to that of
+    joint_loss(sum sft / N_sft, sum pg / N_pg).
     """
     optimizer.zero_grad(set_to_none=True)
-    sums = [0.0, 0.0]
+    means, parameters = torch.zeros(2, device=device), lora.adapter_parameters(model)
     for term, sequences in enumerate((sft, pg)):
         n_tokens = sum(label != IGNORE for s in sequences for label in s.labels)
-        for ids, labels in micro_batches(sequences, tokens, device):
+        for ids, labels in micro_batches(own_share(sequences), tokens, device):
             mean = sequence_nll(model, ids, labels) / n_tokens  # this part of the batch's mean
             joint_loss(*((mean, 0.0) if term == 0 else (0.0, mean)), lam).backward()
-            sums[term] += mean.item()
-    norm = torch.nn.utils.clip_grad_norm_(lora.adapter_parameters(model), clip).item()
+            means[term] += mean.detach()
+    add_up(parameters, means)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
     if math.isfinite(norm):
         optimizer.step()
-    return *sums, norm
+    return *means.tolist(), norm
 
 
 def learning_rate(step: int, steps: int, args) -> float:
@@ -229,6 +267,34 @@ def sample_order(n: int, epochs: int, seed: int) -> list[int]:
     return order
 
 
+def affordable_tokens(model: Llama, sequences: list[Sequence], device) -> int:
+    """Padded tokens of a micro-batch that fills 4/5 of the free memory; 2,048 on a CPU.
+
+    Peak memory is a line in the tokens. Two points of it are measured, on the longest sequence and
+    on its first half, for what a token takes depends on shape, data type and checkpointing.
+    """
+    if device.type != "cuda":
+        return 2048  # twice as many took twice the memory and were no faster
+    torch.cuda.empty_cache()
+    longest = max(sequences, key=lambda s: len(s.ids))
+    half = Sequence(*(part[: len(part) // 2] for part in (longest.ids, longest.labels)))
+    (few, low), (many, high) = ((len(s.ids), peak_bytes(model, s, device)) for s in (half, longest))
+    a_token = max(1, (high - low) / (many - few))
+    fixed = max(0, high - a_token * many)
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(len(longest.ids), int((0.8 * free - fixed) / a_token))
+
+
+def peak_bytes(model: Llama, sequence: Sequence, device) -> int:
+    """CUDA memory that the passes over one sequence take beyond what is allocated already."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    ids, labels = (torch.tensor([part], device=device) for part in (sequence.ids, sequence.labels))
+    sequence_nll(model, ids, labels).backward()
+    model.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def train(model: Llama, sft: list[Sequence], pg: list[Sequence], args, out: Path) -> None:
     """Train the adapter on pairs of sequences, from the checkpoint in `out` if there is one.
 
@@ -240,20 +306,25 @@ def train(model: Llama, sft: list[Sequence], pg: list[Sequence], args, out: Path
     order = sample_order(len(sft), args.epochs, args.seed)
     steps = math.ceil(len(order) / args.batch)
     done = load_checkpoint(out, model, optimizer)
-    keep_metrics(out / "metrics.jsonl", done)
+    if team()[0] == 0:
+        keep_metrics(out / "metrics.jsonl", done)
     model.train()
+    tokens = args.micro_tokens or affordable_tokens(model, sft + pg, device)
+    rank, _ = team()
     progress = tqdm(
-        range(done, steps), f"{'training':<18}", total=steps, initial=done, unit="step", ncols=100
-    )
+        range(done, steps), f"{'training':<18}", total=steps, initial=done, unit="step",
+        ncols=100, disable=rank > 0,
+    )  # fmt: skip
     for step in progress:
         clock, batch = time.perf_counter(), order[step * args.batch : (step + 1) * args.batch]
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
-        torch.manual_seed(args.seed * 1_000_003 + step)  # dropout: a step's noise is its own
+        # dropout: a step's noise is its own, and so is that of a process
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)
         terms = [sft[i] for i in batch if args.lam > 0], [pg[i] for i in batch if args.lam < 1]
-        losses = train_step(
-            model, optimizer, *terms, args.lam, args.clip, args.micro_tokens, device
-        )
+        losses = train_step(model, optimizer, *terms, args.lam, args.clip, tokens, device)
         check_finite(losses, step, args, out)
+        if rank > 0:  # the first process keeps the books
+            continue
         note_step(out, step, losses, optimizer, terms, time.perf_counter() - clock)
         progress.set_postfix(sft=f"{losses[0]:.3f}", pg=f"{losses[1]:.3f}")
         if (step + 1) % args.save_every == 0 or step + 1 == steps:
@@ -356,6 +427,41 @@ def load_checkpoint(out: Path, model: Llama, optimizer) -> int:
     return step
 
 
+# ------------------------------------------------------------------------- several processes
+
+
+def join_team(device: str) -> None:
+    """Meet the other processes if torchrun has started this one; each takes a GPU of its own."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # the others wait while the first one synthesises
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))
+
+
+def team() -> tuple[int, int]:
+    """(rank, number of processes): (0, 1) for a process on its own."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_share(sequences: list[Sequence]) -> list[Sequence]:
+    """What this process computes of a batch: every n-th sequence in order of length."""
+    rank, n = team()
+    return sorted(sequences, key=lambda s: len(s.ids))[rank::n] if n > 1 else sequences
+
+
+def add_up(parameters: list[torch.nn.Parameter], means: torch.Tensor) -> None:
+    """Replace gradients and losses (2,) by their sums over all processes, in one exchange."""
+    if team()[1] == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([means, *(g.flatten() for g in gradients)])
+    dist.all_reduce(flat)
+    means.copy_(flat[:2])
+    for p, part in zip(parameters, flat[2:].split([g.numel() for g in gradients]), strict=True):
+        p.grad = part.view_as(p)
+
+
 # ---------------------------------------------------------------------------------------- flags
 
 PAPER = {
@@ -420,7 +526,7 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     add("--alpha", type=float, default=32.0, help="the adapter is scaled by alpha / rank")
     add("--dropout", type=float, default=0.05, help="on the adapter's input")
     add = parser.add_argument_group("memory and safety").add_argument
-    add("--micro-tokens", type=int, default=8192, help="padded tokens of one forward pass")
+    add("--micro-tokens", type=int, help="padded tokens of a forward pass; None: what fits")
     add("--checkpointing", action="store_true", help="recompute activations to save memory")
     add("--save-every", type=int, default=20, help="optimiser steps between checkpoints")
 # fmt: on
@@ -443,15 +549,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def check_flags(args) -> None:
     """Raise ValueError for the first flag out of range, naming value and limit."""
-    whole = "samples held_out max_turns max_new_tokens epochs batch rank micro_tokens save_every"
-    for name in whole.split():
+    whole = "samples held_out max_turns max_new_tokens epochs batch rank save_every"
+    optional = [name for name in ("slots", "micro_tokens") if getattr(args, name) is not None]
+    for name in whole.split() + optional:
         if getattr(args, name) < 1:
             raise ValueError(
                 f"--{name.replace('_', '-')} {getattr(args, name)} is too small; "
                 "it must be at least 1"
             )
-    if args.slots is not None and args.slots < 1:
-        raise ValueError(f"--slots {args.slots} is too small; it must be at least 1")
     ranges = {"lam": (0, 1), "warmup": (0, 1), "dropout": (0, 0.99), "weight_decay": (0, 1)}
     ranges |= {"lr": (0, 1), "seed": (0, 2**32)}
     for name, (low, high) in ranges.items():
@@ -656,10 +761,28 @@ def check_prompt_fits(chat: Chat, prompt: Prompt, args) -> None:
 
 def run(args) -> None:
     """Synthesise, train, save; then hand over to evaluate.py, which prints the report."""
+    join_team(args.device)
     prompt = parse_prompt(read_text(args.prompt, "prompt"), str(args.prompt))
     model, chat = load_model(args.model, args.device, bits=args.bits)
     check_prompt_fits(chat, prompt, args)
     lora.check_rank(model, args.rank)
+    if team()[0] == 0:
+        synthesise_all(args, prompt, model, chat)
+    if dist.is_initialized():
+        dist.barrier()
+    records = read_records(args.out / "data.jsonl")
+    if not (args.out / lora.CONFIG).exists():  # the last file that save_adapter writes
+        torch.manual_seed(args.seed)  # A of every LoRA layer
+        lora.add_lora(model, args.rank, args.alpha, args.dropout)
+        model.checkpointing = args.checkpointing
+        training, _ = split_records(records, args.samples, args.held_out)
+        train(model, *training_sequences(chat, prompt, training, args.lam), args, args.out)
+        if team()[0] == 0:
+            lora.save_adapter(model, args.out, base_model=args.model)
+
+
+def synthesise_all(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
+    """Everything up to the last record of data.jsonl."""
     demos, limits = read_demos(args), (args.max_new_tokens, args.slots)
     voice = generator = Voice(model, chat, *limits)
     if args.generator:
@@ -668,14 +791,6 @@ def run(args) -> None:
     announce(args, chat, prompt)
     records = make_records(args, prompt, demos, voice, generator)
     print_quality(quality(records, args.max_turns))
-    del generator
-    if not (args.out / lora.CONFIG).exists():  # the last file that save_adapter writes
-        torch.manual_seed(args.seed)  # A of every LoRA layer
-        lora.add_lora(model, args.rank, args.alpha, args.dropout)
-        model.checkpointing = args.checkpointing
-        training, _ = split_records(records, args.samples, args.held_out)
-        train(model, *training_sequences(chat, prompt, training, args.lam), args, args.out)
-        lora.save_adapter(model, args.out, base_model=args.model)
 
 
 def announce(args, chat: Chat, prompt: Prompt) -> None:
@@ -809,6 +924,11 @@ def start(argv: list[str] | None) -> int:
     except (OSError, safetensors.SafetensorError) as error:
         told = f"{args.out}: {error}; free some space or choose another --out"
         raise ValueError(told) from None
+    first = team()[0] == 0
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not first:
+        return 0
     # a process of its own: memory is free, and the report comes from the command that repeats it
     command = [sys.executable, HERE / "evaluate.py", f"--run={args.out}", "--device", args.device]
     return subprocess.run([str(word) for word in command]).returncode

@@ -9,7 +9,8 @@ from math import log
 import pytest
 import torch
 
-from genpi import IGNORE, Sequence, joint_loss, micro_batches, next_tokens, token_nll
+import genpi
+from genpi import IGNORE, Sequence, SlicedNLL, joint_loss, micro_batches, next_tokens, token_nll
 
 A, B, C = 0, 1, 2
 P = torch.tensor([1 / 2, 1 / 4, 1 / 4])
@@ -105,6 +106,34 @@ def test_gradient_is_softmax_minus_one_hot():
     one_hot = torch.tensor([0.0, 1.0, 0.0])
     expected = torch.stack([torch.zeros(3), P - one_hot, torch.zeros(3)])
     torch.testing.assert_close(z.grad[0], expected)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 5, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slices_of_the_logits_give_the_loss_and_gradient_of_them_all(monkeypatch, at_a_time, dtype):
+    """SlicedNLL(x, W) is token_nll(x W^T) in value and gradient, 1, 2, 5 or all rows at a time."""
+    torch.manual_seed(0)
+    W, labels = 3 * torch.randn(11, 6, dtype=dtype), torch.randint(11, (2, 9))
+    labels[0, :4] = labels[1, -3:] = IGNORE
+    monkeypatch.setattr(genpi, "SLICE", (11 * at_a_time, 0))
+    x, y = (torch.full((2, 9, 6), 0.5, dtype=dtype).cumsum(1).requires_grad_() for _ in "xy")
+    whole, n = token_nll(x @ W.T, labels)
+    targets = next_tokens(labels)
+    at = targets != IGNORE
+    sliced = SlicedNLL.apply(y[at], W, targets[at])
+    (3 * whole).backward()
+    (3 * sliced).backward()
+    assert n == 10 and x.grad.abs().max() > 1
+    torch.testing.assert_close(sliced, whole, rtol=1e-6, atol=0)
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_slices_survive_logits_that_overflow_exp():
+    """-log softmax(200, 0, -200) of the second is 200 nats, with gradient (1, -1, 0) W."""
+    x, W = torch.tensor([[200.0]], requires_grad=True), torch.tensor([[1.0], [0.0], [-1.0]])
+    nats = SlicedNLL.apply(x, W, torch.tensor([1]))
+    nats.backward()
+    assert nats.item() == 200 and x.grad.item() == 1
 
 
 def test_lam_weighs_the_two_losses():

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import genpi
 import lora
 from genpi import (
     IGNORE,
+    Sequence,
     learning_rate,
     pg_sequence,
     sample_order,
@@ -197,8 +201,6 @@ def trained(out, stop_at=None, monkeypatch=None):
     model = Llama(Config(1792, 32, 48, 2, 2, 2, 16, 2048))
     lora.add_lora(model, rank=4, alpha=8, dropout=0.2)
     if stop_at:
-        import genpi
-
         note = genpi.note_step
 
         def pull_the_plug(out, step, *rest):
@@ -258,3 +260,42 @@ def test_special_strings_in_a_record_stay_text():
     assert message("user", record.pseudo_input)["content"] in CHAT.decode(
         sft_sequence(CHAT, record).ids
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most numbers that any operation returned in one tensor."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 4)
+        return out
+
+
+def test_memory_does_not_grow_with_vocabulary_times_length(monkeypatch):
+    """Forward and backward pass hold at most SLICE logits at a time, not tokens x vocabulary."""
+    model, sequence = small_model(), pg_sequence(CHAT, Prompt("yes " * 400), RECORD)
+    tokens, vocabulary = sum(label != IGNORE for label in sequence.labels), 1792
+    ids, labels = torch.tensor([sequence.ids]), torch.tensor([sequence.labels])
+    for slice_ in (8 * vocabulary, 64 * vocabulary):
+        monkeypatch.setattr(genpi, "SLICE", (slice_, 0))
+        with LargestTensor() as largest:
+            sequence_nll(model, ids, labels).backward()
+        weights = vocabulary * 32  # lm_head and embedding
+        assert max(slice_, weights) <= largest.numbers <= max(slice_, weights, 64 * tokens)
+        assert largest.numbers < tokens * vocabulary / 4
+
+
+def test_the_micro_batch_fills_the_free_memory(monkeypatch):
+    """From peaks of 1000 + 50 n bytes at two lengths n, 4/5 of 101,000 free bytes hold 1,596."""
+    sequences_ = [Sequence([0] * n, [0] * n) for n in (7, 40, 20)]
+    monkeypatch.setattr(genpi, "peak_bytes", lambda model, s, device: 1000 + 50 * len(s.ids))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (101_000, 200_000))
+    assert genpi.affordable_tokens(None, sequences_, torch.device("cuda")) == 1596
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000, 200_000))
+    assert genpi.affordable_tokens(None, sequences_, torch.device("cuda")) == 40  # at least one row
+    assert genpi.affordable_tokens(None, sequences_, torch.device("cpu")) == 2048
