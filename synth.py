@@ -570,6 +570,14 @@ class Voice:
             self.model, self.chat, conversations, limit, slots=self.slots, bar=bar, **sampling
         )
 
+    def speak(
+        self, conversations, *, max_new_tokens: int, temperature: float, top_p: float, seeds
+    ) -> Iterator[tuple[int, str, bool]]:
+        """Yield (row, text, whether it stopped by itself) as rows finish; row i draws seeds[i]."""
+        limits = max_new_tokens, temperature, top_p, seeds, self.slots
+        for row, ids, whole in sample(self.model, self.chat, conversations, *limits):
+            yield row, self.chat.decode(ids).strip(), whole
+
     def fits(self, messages: list[dict]) -> bool:
         """True if a full turn still fits the context after these messages."""
         return (
@@ -610,7 +618,7 @@ def normalised(text: str) -> str:
 
 
 def more_inputs(
-    voice: Voice, prompt: Prompt, demos: tuple, known: list[str], n: int, seed: int
+    generator: Voice, prompt: Prompt, demos: tuple, known: list[str], n: int, seed: int
 ) -> list[str]:
     """One round: sample lists (temperature 1.0, nucleus 0.9) that hold about n new pseudo inputs.
 
@@ -623,18 +631,16 @@ def more_inputs(
         shown = list(demos) or rng.sample(known, min(5, len(known)))
         asked.append(inputs_messages(prompt, shown, LIST_ITEMS))
         firsts.append(len(shown) + 1)
-    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": [rng.getrandbits(40) for _ in asked]}
-    found = []
-    for row, ids, whole in sorted(
-        sample(voice.model, voice.chat, asked, LIST_ITEMS * 64, **sampling, slots=voice.slots)
-    ):
-        items = parse_list(voice.chat.decode(ids), firsts[row])
+    sampling = {"max_new_tokens": LIST_ITEMS * 64, "temperature": 1.0, "top_p": 0.9}
+    seeds, found = [rng.getrandbits(40) for _ in asked], []
+    for row, text, whole in sorted(generator.speak(asked, **sampling, seeds=seeds)):
+        items = parse_list(text, firsts[row])
         found += items if whole else items[:-1]  # a list cut at the limit ends in half an item
     return found
 
 
 def pseudo_inputs(
-    voice: Voice, prompt: Prompt, demos: tuple, n: int, seed: int, state: dict, save
+    generator: Voice, prompt: Prompt, demos: tuple, n: int, seed: int, state: dict, save
 ) -> list[str]:
     """n distinct pseudo inputs, or fewer after FRUITLESS_ROUNDS rounds that brought nothing new.
 
@@ -647,7 +653,7 @@ def pseudo_inputs(
         while len(inputs) < n and state["fruitless"] < FRUITLESS_ROUNDS:
             clock, before = time.perf_counter(), len(inputs)
             round_seed = hash_seed(seed, "inputs", state["rounds"])
-            for x in more_inputs(voice, prompt, demos, inputs, n - len(inputs), round_seed):
+            for x in more_inputs(generator, prompt, demos, inputs, n - len(inputs), round_seed):
                 if normalised(x) not in seen and len(inputs) < n:
                     seen.add(normalised(x))
                     inputs.append(x)
@@ -760,13 +766,12 @@ def synthesise(
     spoken = [r for r in spoken if not r.overlong]
     asked = [question(r) for r in spoken]
     seeds = [hash_seed(seed, "reason", r.index) for r in spoken]
-    limits = {"max_new_tokens": generator.max_new_tokens, "slots": generator.slots}
-    sampling = {"temperature": 0.7, "top_p": 0.9, "seed": seeds}
-    rows = sample(generator.model, generator.chat, asked, **limits, **sampling)
-    for row, ids, _ in tqdm(
+    sampling = {"max_new_tokens": generator.max_new_tokens, "temperature": 0.7, "top_p": 0.9}
+    rows = generator.speak(asked, **sampling, seeds=seeds)
+    for row, text, _ in tqdm(
         rows, f"{'reasons':<18}", len(spoken), unit="reason", dynamic_ncols=True
     ):
-        spoken[row].reason = generator.chat.decode(ids).strip()
+        spoken[row].reason = text
         spoken[row].seconds = time.perf_counter() - clock  # since the last record
         clock += spoken[row].seconds
         yield spoken[row]
