@@ -40,6 +40,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import safetensors
 import tokenizers
@@ -55,10 +56,12 @@ from synth import (
     TASKS,
     Prompt,
     Record,
+    Server,
     Task,
     Voice,
     append_record,
     conversation,
+    first_name,
     message,
     parse_prompt,
     pseudo_inputs,
@@ -388,13 +391,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", type=Path, metavar="RUN", help="talk to the model of a finished run instead")
     add = parser.add_argument_group("models").add_argument
     add("--model", help="folder or Hub id; None: the embedded model in tiny/, with its preset")
-    add("--generator", help="folder or Hub id of the writer of inputs and reasons; None: --model")
+    add("--generator", help="folder, Hub id or URL (http://HOST:PORT/v1) of the writer of inputs "
+        "and reasons; None: --model")
     add("--bits", type=int, choices=(4, 16), default=4, help="4: NF4 (QLoRA); 16: not quantised")
     add("--device", choices=("cpu", "cuda"), help="None: cuda if there is one")
     add("--seed", type=int, default=0, help="of everything that is drawn")
+    server_flags(parser)
     synthesis_flags(parser)
     training_flags(parser)
     return parser
+
+
+def server_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "a server as --generator", "any with OpenAI's chat completions; OPENAI_API_KEY is its key",
+    ).add_argument
+    add("--generator-model", metavar="NAME", help="what the server calls it; None: its first model")
+    add("--concurrency", type=int, default=16, help=f"requests in flight; up to {WAVE} are of use")
+    add("--timeout", type=float, default=300.0, help="seconds that one request may take")
 
 
 def synthesis_flags(parser: argparse.ArgumentParser) -> None:
@@ -444,6 +458,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def check_flags(args) -> None:
     """Raise ValueError for the first flag out of range, naming value and limit."""
     whole = "samples held_out max_turns max_new_tokens epochs batch rank micro_tokens save_every"
+    whole += " concurrency"
     for name in whole.split():
         if getattr(args, name) < 1:
             raise ValueError(
@@ -453,7 +468,7 @@ def check_flags(args) -> None:
     if args.slots is not None and args.slots < 1:
         raise ValueError(f"--slots {args.slots} is too small; it must be at least 1")
     ranges = {"lam": (0, 1), "warmup": (0, 1), "dropout": (0, 0.99), "weight_decay": (0, 1)}
-    ranges |= {"lr": (0, 1), "seed": (0, 2**32)}
+    ranges |= {"lr": (0, 1), "seed": (0, 2**32), "timeout": (0.1, 86400)}
     for name, (low, high) in ranges.items():
         if not low <= getattr(args, name) <= high:
             flag = name.replace("_", "-")
@@ -465,10 +480,35 @@ def check_flags(args) -> None:
             raise ValueError(
                 f"--{name} {getattr(args, name):g} is out of range; it must be positive and finite"
             )
+    check_generator(args.generator or "", args.generator_model)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but PyTorch sees no CUDA device; "
             "use --device cpu or install a CUDA build of torch"
+        )
+
+
+def check_generator(generator: str, name: str | None) -> None:
+    """Raise ValueError if --generator is a URL that cannot be used, or that tells a secret."""
+    if "://" not in generator:
+        if name is not None:
+            raise ValueError(f"--generator-model {name} needs the URL of a server as --generator")
+        return
+    if set(generator) & set("@?#"):  # it is saved and printed, and so is what we complain about
+        raise ValueError(
+            "--generator: a URL with a password or a query is not taken, since it would be saved; "
+            "give host and path alone, and the server's key as OPENAI_API_KEY"
+        )
+    try:
+        parts = urlsplit(generator)
+        whole = parts.hostname and parts.hostname.encode("idna") and parts.path.strip("/")
+        good = whole and parts.scheme in ("http", "https") and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or not generator.isascii() or not generator.isprintable() or " " in generator:
+        raise ValueError(
+            f"--generator {generator}: not the URL of a server; give one like "
+            "http://localhost:8000/v1"
         )
 
 
@@ -498,6 +538,8 @@ def read_text(path: Path, what: str) -> str:
 FREE = {
     "out",
     "chat",
+    "concurrency",
+    "timeout",
     "device",
     "slots",
     "micro_tokens",
@@ -540,13 +582,13 @@ def open_run(args, prompt: Prompt, chat: Chat) -> None:
     flags["prompt_sha256"] = hashlib.sha256(prompt.text.encode()).hexdigest()[:16]
     flags["model_sha256"] = fingerprint(find_folder(args.model))
     flags["chat_format"] = chat.format
+    # known by something better than their place: a hash, or the name that a server gives its model
+    named = {"prompt", "model"} | ({"generator"} if args.generator_model else set())
     path = args.out / "args.json"
     args.out.mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = read_object(path)
-        changed = [
-            k for k in flags if k not in FREE | {"prompt", "model"} and flags[k] != before.get(k)
-        ]
+        changed = [k for k in flags if k not in FREE | named and flags[k] != before.get(k)]
         if changed:
             told = ", ".join(f"{k} {before.get(k)} (now {flags[k]})" for k in changed)
             raise ValueError(
@@ -572,7 +614,7 @@ def read_demos(args) -> tuple[str, ...]:
 
 
 def make_records(
-    args, prompt: Prompt, demos: tuple[str, ...], voice: Voice, generator: Voice
+    args, prompt: Prompt, demos: tuple[str, ...], voice: Voice, generator: Voice | Server
 ) -> list[Record]:
     """Pseudo inputs, then wave after wave of records; what is on disk is not made again."""
     task, path = task_of(args), args.out / "inputs.json"
@@ -660,10 +702,8 @@ def run(args) -> None:
     model, chat = load_model(args.model, args.device, bits=args.bits)
     check_prompt_fits(chat, prompt, args)
     lora.check_rank(model, args.rank)
-    demos, limits = read_demos(args), (args.max_new_tokens, args.slots)
-    voice = generator = Voice(model, chat, *limits)
-    if args.generator:
-        generator = Voice(*load_model(args.generator, args.device, bits=args.bits), *limits)
+    demos, voice = read_demos(args), Voice(model, chat, args.max_new_tokens, args.slots)
+    generator = open_generator(args, voice)
     open_run(args, prompt, chat)  # all that can be wrong with the flags is known by now
     announce(args, chat, prompt)
     records = make_records(args, prompt, demos, voice, generator)
@@ -678,10 +718,38 @@ def run(args) -> None:
         lora.save_adapter(model, args.out, base_model=args.model)
 
 
+def open_generator(args, voice: Voice) -> Voice | Server:
+    """Who writes inputs and reasons: the model itself, another one, or a server.
+
+    A server's model is args.generator_model, which is set here if no flag did: to what the run
+    began with, so that it goes on with that, or else to the first that is served.
+    """
+    if not args.generator:
+        return voice
+    if "://" not in args.generator:
+        loaded = load_model(args.generator, args.device, bits=args.bits)
+        return Voice(*loaded, args.max_new_tokens, args.slots)
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("OPENAI_API_KEY holds what no HTTP header can; set it to the key alone")
+    limits = args.max_new_tokens, args.concurrency, args.timeout
+    server = Server(args.generator.rstrip("/"), "", *limits, key)
+    if args.generator_model is None and (args.out / "args.json").exists():
+        args.generator_model = read_object(args.out / "args.json").get("generator_model")
+    try:
+        args.generator_model = args.generator_model or server.ask("models", first_name, tries=3)
+    except ValueError as error:
+        raise ValueError(f"{error}; or name the model with --generator-model") from None
+    return replace(server, model=args.generator_model)
+
+
 def announce(args, chat: Chat, prompt: Prompt) -> None:
     """Say what is done with what, and what to expect of the embedded model."""
     tokens = len(chat.tokens(prompt.text))
     print(f"{args.prompt}: {tokens} tokens, task {args.task}; model {args.model}; run {args.out}")
+    if args.generator:
+        writer = f"{args.generator_model} at " if args.generator_model else ""
+        print(f"pseudo inputs and reasons are written by {writer}{args.generator}")
     if args.model == str(HERE / "tiny"):
         alone = "" if args.task == "os" else " and nothing else: expect no sense of this prompt"
         print(

@@ -9,17 +9,22 @@
 The sampler beneath keeps R slots of a KV cache busy (R rows in flight, V vocabulary, P tokens that
 all conversations share): the P tokens, nearly always the long prompt, are computed once and stand
 once in memory; a conversation that has finished gives its slot to the next one waiting. A row's
-randomness is its own, so that what it says does not depend on its neighbours.
+randomness is its own, so that what it says does not depend on its neighbours. The generator may
+also be a Server, any that speaks OpenAI's chat completions.
 
 Leaves out: beam search, repetition penalties, speculative decoding, keeping the cache from turn to
 turn.
 """
 
+import http.client
 import json
 import os
+import queue
 import random
 import re
+import threading
 import time
+import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -521,6 +526,197 @@ def stream(model: Llama, chat: Chat, messages: list[dict], max_new_tokens: int) 
             logits = batch.advance()
 
 
+# --------------------------------------------------------------------------------------- server
+
+TRIES = 7  # of one request; the waits between them add up to about a minute
+FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further one
+LONGEST_WAIT = 60.0  # seconds that a server can ask for on top (Retry-After)
+LONGEST_ANSWER = 2**23  # bytes
+TRY_AGAIN = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that may pass
+TOO_LONG = re.compile(r"context[ _](length|limit|size|window)", re.IGNORECASE)
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+CURES = {
+    401: "set OPENAI_API_KEY to a key that this server knows",
+    403: "OPENAI_API_KEY may not use this model; take another key or --generator-model",
+    404: "check that --generator ends as the server's URL does (/v1), and --generator-model",
+}
+
+
+class TooLong(ValueError):
+    """A question does not fit the context of the server's model."""
+
+
+class Untouched(urllib.request.HTTPErrorProcessor):
+    """Hands over every answer as it came: no redirect is followed, so none carries the key on."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model behind an OpenAI-compatible server; it speaks as a Voice does.
+
+    url: up to /v1; concurrency: requests in flight; timeout: seconds that one may take; key: goes
+    into a header and nowhere else. With the same seed a server that batches need not say the same.
+    """
+
+    url: str
+    model: str = ""
+    max_new_tokens: int = 512
+    concurrency: int = 16
+    timeout: float = 300.0
+    key: str = field(default="", repr=False)
+    opener: urllib.request.OpenerDirector = field(
+        default_factory=lambda: urllib.request.build_opener(Untouched), repr=False
+    )
+
+    def fits(self, messages: list[dict]) -> bool:
+        """True: only the server knows its context, and says so when asked; see speak."""
+        return True
+
+    def speak(
+        self, conversations, *, max_new_tokens: int, temperature: float, top_p: float, seeds
+    ) -> Iterator[tuple[int, str | None, bool]]:
+        """Yield (row, text, whether it stopped by itself) as answers come.
+
+        text None: too long for the server's context. Raises ValueError at the first failure.
+        """
+        limits = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        gate, stop = threading.Semaphore(self.concurrency), threading.Event()
+        answers = queue.SimpleQueue()
+
+        def work(row: int) -> None:
+            body = {"model": self.model, "messages": conversations[row], **limits}
+            body["seed"] = seeds[row]
+            with gate:
+                try:
+                    answers.put((row, *self.ask("chat/completions", completion, body, stop=stop)))
+                except TooLong:
+                    answers.put((row, None, False))
+                except Exception as error:  # whatever it is, the main thread raises it
+                    answers.put(error)
+
+        for row in range(len(conversations)):
+            # a daemon: neither Ctrl-C nor the end of the program waits for what is in flight
+            threading.Thread(target=work, args=(row,), daemon=True).start()
+        try:
+            for _ in conversations:
+                answer = answers.get()
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+        finally:
+            stop.set()
+
+    def ask(self, path: str, read, body: dict | None = None, tries: int = TRIES, stop=None):
+        """What read() finds in the answer to one request, tried again while that may help."""
+        stop, why, wait = stop or threading.Event(), "stopped", 0.0
+        for number in range(tries):
+            if stop.wait(wait):
+                break
+            wait = FIRST_WAIT * 2**number * random.uniform(0.5, 1)  # rows must not come in step
+            # another try is another draw: the same one might be as empty again
+            sent = body and body | {"seed": (body["seed"] + number) % 2**31}
+            try:
+                status, headers, content = self.exchange(path, sent)
+            except (OSError, http.client.HTTPException) as error:
+                why = self.trouble(error)
+                continue
+            if status == 200 and (found := read(content)) is not None:
+                return found
+            why = self.refusal(path, status, headers, content)
+            wait += seconds(headers.get("Retry-After"))
+        told = f"{self.url}/{path}: {why} ({tries} tries)"
+        raise ValueError(f"{told}; see to the server, and the same command goes on from here")
+
+    def exchange(self, path: str, body: dict | None):
+        """One request -> (status, headers, bytes of the answer)."""
+        headers = {"Content-Type": "application/json", "User-Agent": "genpi"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        data = body and json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        content, deadline = b"", time.monotonic() + self.timeout
+        with self.opener.open(request, timeout=self.timeout) as response:
+            while piece := response.read1(2**16):
+                content += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+                if len(content) > LONGEST_ANSWER:
+                    raise http.client.HTTPException(f"it has more than {LONGEST_ANSWER} bytes")
+            return response.status, response.headers, content
+
+    def trouble(self, error: Exception) -> str:
+        """Why there is no answer."""
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            return f"no answer within --timeout {self.timeout:g} s"
+        return f"no answer: {self.line(str(reason)) or type(reason).__name__}"
+
+    def refusal(self, path: str, status: int, headers, content: bytes) -> str:
+        """What the server said, if asking again may help. Raises TooLong or ValueError if not."""
+        told = f"HTTP {status} {self.line(complaint(content))}"
+        if status == 200:
+            return f"no use of {told}; a model that thinks must be served without that"
+        if status in TRY_AGAIN:
+            return told
+        cure = CURES.get(status, "the server does not take what genpi.py sends; see its log")
+        if 300 <= status < 400:
+            place = re.sub("//[^/]*@", "//", headers.get("Location", "")).partition("?")[0]
+            cure = f"it points to {self.line(place)}; if you trust that, give it to --generator"
+        error = TooLong if TOO_LONG.search(told) else ValueError
+        raise error(f"{self.url}/{path}: {told}; {cure}")
+
+    def line(self, text: str) -> str:
+        """A server's words on one short line, without the key."""
+        text = text.replace(self.key, "[key]") if self.key else text
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+
+
+def completion(content: bytes) -> tuple[str, bool] | None:
+    """(text, whether it stopped by itself) of a chat completion; None if it is not one, or empty.
+
+    What a model thinks first is not its text, be it in a field of its own or before </think>.
+    """
+    try:
+        choice = json.loads(content)["choices"][0]
+        text = (choice["message"]["content"] or "").rpartition("</think>")[2].strip()
+        whole = choice.get("finish_reason") == "stop"
+    except UNREADABLE:
+        return None
+    text = text.encode(errors="replace").decode()  # half a surrogate pair cannot be written down
+    return (text, whole) if text and not text.startswith("<think>") else None
+
+
+def first_name(content: bytes) -> str | None:
+    """The first name in a list of models; None if there is none."""
+    try:
+        name = json.loads(content)["data"][0]["id"]
+    except UNREADABLE:
+        return None
+    return name if isinstance(name, str) and name.isprintable() else None
+
+
+def complaint(content: bytes) -> str:
+    """The message in a server's error, or all of it."""
+    try:
+        found = json.loads(content)
+        found = found.get("error") or found
+        return found if isinstance(found, str) else str(found["message"])
+    except UNREADABLE:
+        return content.decode(errors="replace")
+
+
+def seconds(retry_after: str | None) -> float:
+    """What Retry-After asks for, within limits; 0 for none or a date."""
+    try:
+        return min(LONGEST_WAIT, max(0.0, float(retry_after)))
+    except (TypeError, ValueError):
+        return 0.0
+
+
 # --------------------------------------------------------------------------------------- stages
 
 
@@ -618,7 +814,7 @@ def normalised(text: str) -> str:
 
 
 def more_inputs(
-    generator: Voice, prompt: Prompt, demos: tuple, known: list[str], n: int, seed: int
+    generator: Voice | Server, prompt: Prompt, demos: tuple, known: list[str], n: int, seed: int
 ) -> list[str]:
     """One round: sample lists (temperature 1.0, nucleus 0.9) that hold about n new pseudo inputs.
 
@@ -634,13 +830,18 @@ def more_inputs(
     sampling = {"max_new_tokens": LIST_ITEMS * 64, "temperature": 1.0, "top_p": 0.9}
     seeds, found = [rng.getrandbits(40) for _ in asked], []
     for row, text, whole in sorted(generator.speak(asked, **sampling, seeds=seeds)):
+        if text is None:
+            raise ValueError(
+                "the prompt does not fit the context of the generator's server; "
+                "serve it with a longer one, and the same command goes on from here"
+            )
         items = parse_list(text, firsts[row])
         found += items if whole else items[:-1]  # a list cut at the limit ends in half an item
     return found
 
 
 def pseudo_inputs(
-    generator: Voice, prompt: Prompt, demos: tuple, n: int, seed: int, state: dict, save
+    generator: Voice | Server, prompt: Prompt, demos: tuple, n: int, seed: int, state: dict, save
 ) -> list[str]:
     """n distinct pseudo inputs, or fewer after FRUITLESS_ROUNDS rounds that brought nothing new.
 
@@ -737,7 +938,7 @@ def goes_on(record: Record, answer: str, task: Task, last: bool) -> bool:
 
 def synthesise(
     voice: Voice,
-    generator: Voice,
+    generator: Voice | Server,
     prompt: Prompt,
     task: Task,
     records: list[Record],
@@ -771,7 +972,7 @@ def synthesise(
     for row, text, _ in tqdm(
         rows, f"{'reasons':<18}", len(spoken), unit="reason", dynamic_ncols=True
     ):
-        spoken[row].reason = text
+        spoken[row].reason, spoken[row].overlong = text or "", text is None
         spoken[row].seconds = time.perf_counter() - clock  # since the last record
         clock += spoken[row].seconds
         yield spoken[row]
