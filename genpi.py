@@ -33,6 +33,7 @@ import math
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import time
@@ -40,7 +41,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import safetensors
 import tokenizers
@@ -61,7 +61,6 @@ from synth import (
     Voice,
     append_record,
     conversation,
-    first_name,
     message,
     parse_prompt,
     pseudo_inputs,
@@ -488,28 +487,23 @@ def check_flags(args) -> None:
         )
 
 
+# host, port and path: a password or a query would be printed, and saved with the run
+HOST = r"[\w-]+(?:\.[\w-]+)*|\[[\da-f:]+\]"
+SERVER = re.compile(rf"https?://(?:{HOST})(?::(\d{{1,5}}))?(?:/[\w.~-]+)+/?", re.ASCII)
+
+
 def check_generator(generator: str, name: str | None) -> None:
-    """Raise ValueError if --generator is a URL that cannot be used, or that tells a secret."""
-    if "://" not in generator:
-        if name is not None:
-            raise ValueError(f"--generator-model {name} needs the URL of a server as --generator")
-        return
-    if set(generator) & set("@?#"):  # it is saved and printed, and so is what we complain about
-        raise ValueError(
-            "--generator: a URL with a password or a query is not taken, since it would be saved; "
-            "give host and path alone, and the server's key as OPENAI_API_KEY"
-        )
-    try:
-        parts = urlsplit(generator)
-        whole = parts.hostname and parts.hostname.encode("idna") and parts.path.strip("/")
-        good = whole and parts.scheme in ("http", "https") and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or not generator.isascii() or not generator.isprintable() or " " in generator:
-        raise ValueError(
-            f"--generator {generator}: not the URL of a server; give one like "
-            "http://localhost:8000/v1"
-        )
+    """Raise ValueError if the URL in --generator is no server's, or a name comes without one."""
+    if "://" in generator:
+        found = SERVER.fullmatch(generator)
+        if not found or not 0 < int(found[1] or 80) < 2**16:
+            shown = "(not shown)" if set(generator) & set("@?#") else generator
+            raise ValueError(
+                f"--generator {shown}: not the URL of a server; give host, port and path, like "
+                "http://localhost:8000/v1, and a key as OPENAI_API_KEY in the environment"
+            )
+    elif name is not None:
+        raise ValueError(f"--generator-model {name} needs the URL of a server as --generator")
 
 
 def read_text(path: Path, what: str) -> str:
@@ -741,6 +735,11 @@ def open_generator(args, voice: Voice) -> Voice | Server:
     except ValueError as error:
         raise ValueError(f"{error}; or name the model with --generator-model") from None
     return replace(server, model=args.generator_model)
+
+
+def first_name(content: bytes) -> str:
+    """The first of a server's list of models."""
+    return str(json.loads(content)["data"][0]["id"])
 
 
 def announce(args, chat: Chat, prompt: Prompt) -> None:

@@ -533,7 +533,7 @@ FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further o
 LONGEST_WAIT = 60.0  # seconds that a server can ask for on top (Retry-After)
 LONGEST_ANSWER = 2**23  # bytes
 TRY_AGAIN = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that may pass
-TOO_LONG = re.compile(r"context[ _](length|limit|size|window)", re.IGNORECASE)
+TOO_LONG = re.compile(r"context[ _](length|limit|size|window)", re.IGNORECASE)  # how servers say it
 UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 CURES = {
     401: "set OPENAI_API_KEY to a key that this server knows",
@@ -612,7 +612,10 @@ class Server:
             stop.set()
 
     def ask(self, path: str, read, body: dict | None = None, tries: int = TRIES, stop=None):
-        """What read() finds in the answer to one request, tried again while that may help."""
+        """read() of the answer to one request, which is tried again where that may help.
+
+        Raises TooLong, or ValueError with what went wrong and the cure.
+        """
         stop, why, wait = stop or threading.Event(), "stopped", 0.0
         for number in range(tries):
             if stop.wait(wait):
@@ -623,12 +626,20 @@ class Server:
             try:
                 status, headers, content = self.exchange(path, sent)
             except (OSError, http.client.HTTPException) as error:
-                why = self.trouble(error)
+                why = f"no answer: {self.line(repr(getattr(error, 'reason', error)))}"
+                if "timed out" in why:
+                    why = f"no answer within --timeout {self.timeout:g} s"
                 continue
-            if status == 200 and (found := read(content)) is not None:
-                return found
-            why = self.refusal(path, status, headers, content)
-            wait += seconds(headers.get("Retry-After"))
+            why = f"HTTP {status} {self.line(content.decode(errors='replace'))}"
+            if status == 200:
+                try:
+                    return read(content)
+                except UNREADABLE:
+                    why += ", without a text (a model that thinks must be served not to)"
+            elif status not in TRY_AGAIN:
+                raise self.refusal(path, status, why, headers.get("Location", ""))
+            asked = headers.get("Retry-After", "")  # we follow a number, not a date
+            wait += min(LONGEST_WAIT, float(asked)) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0
         told = f"{self.url}/{path}: {why} ({tries} tries)"
         raise ValueError(f"{told}; see to the server, and the same command goes on from here")
 
@@ -643,78 +654,37 @@ class Server:
             while piece := response.read1(2**16):
                 content += piece
                 if time.monotonic() > deadline:
-                    raise TimeoutError
+                    raise TimeoutError("timed out")
                 if len(content) > LONGEST_ANSWER:
                     raise http.client.HTTPException(f"it has more than {LONGEST_ANSWER} bytes")
             return response.status, response.headers, content
 
-    def trouble(self, error: Exception) -> str:
-        """Why there is no answer."""
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
-            return f"no answer within --timeout {self.timeout:g} s"
-        return f"no answer: {self.line(str(reason)) or type(reason).__name__}"
-
-    def refusal(self, path: str, status: int, headers, content: bytes) -> str:
-        """What the server said, if asking again may help. Raises TooLong or ValueError if not."""
-        told = f"HTTP {status} {self.line(complaint(content))}"
-        if status == 200:
-            return f"no use of {told}; a model that thinks must be served without that"
-        if status in TRY_AGAIN:
-            return told
+    def refusal(self, path: str, status: int, told: str, location: str) -> ValueError:
+        """The error for an answer that another try would not change."""
         cure = CURES.get(status, "the server does not take what genpi.py sends; see its log")
         if 300 <= status < 400:
-            place = re.sub("//[^/]*@", "//", headers.get("Location", "")).partition("?")[0]
-            cure = f"it points to {self.line(place)}; if you trust that, give it to --generator"
+            place = self.line(re.sub("//[^/]*@", "//", location).partition("?")[0])
+            cure = f"it points to {place}; if you trust that, give it to --generator"
         error = TooLong if TOO_LONG.search(told) else ValueError
-        raise error(f"{self.url}/{path}: {told}; {cure}")
+        return error(f"{self.url}/{path}: {told}; {cure}")
 
     def line(self, text: str) -> str:
         """A server's words on one short line, without the key."""
         text = text.replace(self.key, "[key]") if self.key else text
-        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]
+        return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split())
 
 
-def completion(content: bytes) -> tuple[str, bool] | None:
-    """(text, whether it stopped by itself) of a chat completion; None if it is not one, or empty.
+def completion(content: bytes) -> tuple[str, bool]:
+    """(text, whether it stopped by itself) of a chat completion; ValueError if there is no text.
 
     What a model thinks first is not its text, be it in a field of its own or before </think>.
     """
-    try:
-        choice = json.loads(content)["choices"][0]
-        text = (choice["message"]["content"] or "").rpartition("</think>")[2].strip()
-        whole = choice.get("finish_reason") == "stop"
-    except UNREADABLE:
-        return None
-    text = text.encode(errors="replace").decode()  # half a surrogate pair cannot be written down
-    return (text, whole) if text and not text.startswith("<think>") else None
-
-
-def first_name(content: bytes) -> str | None:
-    """The first name in a list of models; None if there is none."""
-    try:
-        name = json.loads(content)["data"][0]["id"]
-    except UNREADABLE:
-        return None
-    return name if isinstance(name, str) and name.isprintable() else None
-
-
-def complaint(content: bytes) -> str:
-    """The message in a server's error, or all of it."""
-    try:
-        found = json.loads(content)
-        found = found.get("error") or found
-        return found if isinstance(found, str) else str(found["message"])
-    except UNREADABLE:
-        return content.decode(errors="replace")
-
-
-def seconds(retry_after: str | None) -> float:
-    """What Retry-After asks for, within limits; 0 for none or a date."""
-    try:
-        return min(LONGEST_WAIT, max(0.0, float(retry_after)))
-    except (TypeError, ValueError):
-        return 0.0
+    choice = json.loads(content)["choices"][0]
+    text = (choice["message"]["content"] or "").rpartition("</think>")[2].strip()
+    if not text or text.startswith("<think>"):
+        raise ValueError(text)
+    # half a surrogate pair cannot be written down
+    return text.encode(errors="replace").decode(), choice.get("finish_reason") == "stop"
 
 
 # --------------------------------------------------------------------------------------- stages

@@ -17,7 +17,7 @@ import pytest
 
 import genpi
 import synth
-from synth import Server, completion
+from synth import Server
 
 KEY = "sk-TheKeyThatNobodyMayRead"
 LIST = "Sure:\n1. Count to 3.\n2. Name a tree.\n3. Spell cat.\n4. Say no.\n5. Cut sho"
@@ -172,23 +172,26 @@ def test_answers_come_as_they_finish():
         assert [row for row, *_ in speak(server.url, 3)][-1] == 0
 
 
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (said("Yes.", "length"), ("Yes.", False)),
-        (said("<think>\nHm.\n</think>\n\nYes."), ("Yes.", True)),
-        (said("Yes.", reasoning_content="Hm."), ("Yes.", True)),
-        (said("\ud83d"), ("?", True)),
-        (said(None, "length", reasoning_content="Hm."), None),
-        (said("<think> Hm.", "length"), None),
-        (said(""), None),
-        (b'{"choices": []}', None),
-        (b"[" * 100_000, None),
-    ],
-)
-def test_answers(content, found):
-    """Thinking is no part of a text; what holds no text is no answer."""
-    assert completion(content) == found
+ANSWERS = {
+    "cut": (said("Yes.", "length"), [("Yes.", False)]),
+    "thinks first": (said("<think>\nHm.\n</think>\n\nYes."), [("Yes.", True)]),
+    "thinks apart": (said("Yes.", reasoning_content="Hm."), [("Yes.", True)]),
+    "half a pair": (said("\ud83d"), [("?", True)]),
+    "only thinks": (said("<think> Hm.", "length"), []),
+    "only thinks apart": (said(None, "length", reasoning_content="Hm."), []),
+    "no choice": (b'{"choices": []}', []),
+    "too deep": (b"[" * 100_000, []),
+    "too long": (said("x" * 2**23), []),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_answers(answer):
+    """Thinking is no part of a text; what holds no text is no answer, and another is asked for."""
+    content, found = ANSWERS[answer]
+    with serving(lambda body, nth: content if nth == 1 else said("other")) as server:
+        assert speak(server.url) == [(0, *(found or [("other", True)])[0])]
+    assert [body["seed"] for *_, body in server.asked] == [0, 1][: 2 - len(found)]
 
 
 # ----------------------------------------------------------------------------------------- trouble
@@ -221,7 +224,7 @@ def test_retry_after(monkeypatch, asked, low, high):
 
 def test_giving_up(run, tmp_path):
     """After TRIES tries one line says what happened and what to do."""
-    with serving(lambda body, nth: (b'{"error": {"message": "over\\nloaded"}}', 503)) as server:
+    with serving(lambda body, nth: (b"over\nloaded", 503)) as server:
         ended = run(server.url)
     complaint(ended, server.url, "HTTP 503 over loaded", f"{synth.TRIES} tries", "same command")
     assert len(server.asked) == synth.TRIES
@@ -258,7 +261,7 @@ REFUSED = {401: "OPENAI_API_KEY", 403: "another key", 404: "/v1", 400: "its log"
 def test_a_refusal(run, monkeypatch, status):
     """A refusal is one line at once, with the server's words but without the key that they hold."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    told = json.dumps({"error": {"message": f"No\n\x1b[2J {KEY}!" + "x" * 999}}).encode()
+    told = f"No\n\x1b[2J {KEY}!{'x' * 999}".encode()
     with serving(lambda body, nth: (told, status)) as server:
         ended = run(server.url)
     line = complaint(ended, server.url, f"HTTP {status} No [2J [key]!", REFUSED[status])
