@@ -81,9 +81,11 @@ def serving(script):
     )  # fmt: skip
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture(autouse=True)
@@ -122,10 +124,10 @@ def complaint(ended, *words):
 
 
 def speak(url, n=1, **how):
-    """n questions to the server -> its answers in the order in which they came."""
+    """Yield the server's answers to n questions as they come."""
     asked = [[{"role": "user", "content": str(i)}] for i in range(n)]
     seeds = [2**40 + i for i in range(n)]
-    return list(Server(url, "big", **how).speak(asked, **SAMPLING, seeds=seeds))
+    return Server(url, "big", **how).speak(asked, **SAMPLING, seeds=seeds)
 
 
 def records(folder):
@@ -138,7 +140,7 @@ def records(folder):
 def test_what_arrives():
     """A request holds the model, messages, sampling and a seed that any server takes."""
     with serving(lambda body, nth: said(" Hi. \n")) as server:
-        assert speak(server.url) == [(0, "Hi.", True)]
+        assert list(speak(server.url)) == [(0, "Hi.", True)]
     path, headers, body = server.asked[0]
     assert path == "/v1/chat/completions" and "Authorization" not in headers
     sampling = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "seed": 2**40 % 2**31}
@@ -154,22 +156,22 @@ def test_concurrency():
         return said("ok")
 
     with serving(script) as server:
-        assert len(speak(server.url, 9, concurrency=3)) == 9
+        assert len(list(speak(server.url, 9, concurrency=3))) == 9
     assert server.most == 3
 
 
 def test_answers_come_as_they_finish():
     """A slow answer does not hold up the others."""
-    others = threading.Semaphore(0)
+    held = threading.Event()
 
     def script(body, nth):
-        slow = body["messages"][0]["content"] == "0"
-        return (
-            all(others.acquire(timeout=9) for _ in "ab") if slow else others.release() or 1
-        ) and said("ok")
+        return said("ok") if body["messages"][0]["content"] != "0" else held.wait(9) and said("ok")
 
     with serving(script) as server:
-        assert [row for row, *_ in speak(server.url, 3)][-1] == 0
+        answers = speak(server.url, 3)
+        assert {next(answers)[0], next(answers)[0]} == {1, 2}
+        held.set()
+        assert next(answers)[0] == 0
 
 
 ANSWERS = {
@@ -190,7 +192,7 @@ def test_answers(answer):
     """Thinking is no part of a text; what holds no text is no answer, and another is asked for."""
     content, found = ANSWERS[answer]
     with serving(lambda body, nth: content if nth == 1 else said("other")) as server:
-        assert speak(server.url) == [(0, *(found or [("other", True)])[0])]
+        assert list(speak(server.url)) == [(0, *(found or [("other", True)])[0])]
     assert [body["seed"] for *_, body in server.asked] == [0, 1][: 2 - len(found)]
 
 
@@ -206,7 +208,7 @@ TROUBLE = {
 def test_trouble_that_passes(trouble):
     """After two failures the third try succeeds."""
     with serving(lambda body, nth: TROUBLE[trouble] if nth < 3 else said("ok")) as server:
-        assert speak(server.url) == [(0, "ok", True)]
+        assert list(speak(server.url)) == [(0, "ok", True)]
     assert len(server.asked) == 3
 
 
@@ -218,7 +220,7 @@ def test_retry_after(monkeypatch, asked, low, high):
     monkeypatch.setattr(synth, "LONGEST_WAIT", 0.6)
     busy, clock = (b"", 429, {"Retry-After": asked}), time.monotonic()
     with serving(lambda body, nth: busy if nth < 2 else said("ok")) as server:
-        assert speak(server.url) == [(0, "ok", True)]
+        assert list(speak(server.url)) == [(0, "ok", True)]
     assert low <= time.monotonic() - clock < high
 
 
@@ -251,7 +253,7 @@ def test_the_time_limit(monkeypatch, drip):
     monkeypatch.setattr(Handler, "give", give)
     with serving(lambda body, nth: b"") as server:
         with pytest.raises(ValueError, match="no answer within --timeout 0.2 s .7 tries"):
-            speak(server.url, timeout=0.2)
+            list(speak(server.url, timeout=0.2))
 
 
 REFUSED = {401: "OPENAI_API_KEY", 403: "another key", 404: "/v1", 400: "its log", 422: "its log"}
