@@ -33,6 +33,7 @@ import math
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import time
@@ -57,6 +58,7 @@ from synth import (
     TASKS,
     Prompt,
     Record,
+    Server,
     Task,
     Voice,
     append_record,
@@ -494,13 +496,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--chat", type=Path, metavar="RUN", help="talk to the model of a finished run instead")
     add = parser.add_argument_group("models").add_argument
     add("--model", help="folder or Hub id; None: the embedded model in tiny/, with its preset")
-    add("--generator", help="folder or Hub id of the writer of inputs and reasons; None: --model")
+    add("--generator", help="folder, Hub id or URL (http://HOST:PORT/v1) of the writer of inputs "
+        "and reasons; None: --model")
     add("--bits", type=int, choices=(4, 16), default=4, help="4: NF4 (QLoRA); 16: not quantised")
     add("--device", choices=("cpu", "cuda"), help="None: cuda if there is one")
     add("--seed", type=int, default=0, help="of everything that is drawn")
+    server_flags(parser)
     synthesis_flags(parser)
     training_flags(parser)
     return parser
+
+
+def server_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "a server as --generator", "any with OpenAI's chat completions; OPENAI_API_KEY is its key",
+    ).add_argument
+    add("--generator-model", metavar="NAME", help="what the server calls it; None: its first model")
+    add("--concurrency", type=int, default=16, help=f"requests in flight; up to {WAVE} are of use")
+    add("--timeout", type=float, default=300.0, help="seconds that one request may take")
 
 
 def synthesis_flags(parser: argparse.ArgumentParser) -> None:
@@ -549,7 +562,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def check_flags(args) -> None:
     """Raise ValueError for the first flag out of range, naming value and limit."""
-    whole = "samples held_out max_turns max_new_tokens epochs batch rank save_every"
+    whole = "samples held_out max_turns max_new_tokens epochs batch rank save_every concurrency"
     optional = [name for name in ("slots", "micro_tokens") if getattr(args, name) is not None]
     for name in whole.split() + optional:
         if getattr(args, name) < 1:
@@ -558,7 +571,7 @@ def check_flags(args) -> None:
                 "it must be at least 1"
             )
     ranges = {"lam": (0, 1), "warmup": (0, 1), "dropout": (0, 0.99), "weight_decay": (0, 1)}
-    ranges |= {"lr": (0, 1), "seed": (0, 2**32)}
+    ranges |= {"lr": (0, 1), "seed": (0, 2**32), "timeout": (0.1, 86400)}
     for name, (low, high) in ranges.items():
         if not low <= getattr(args, name) <= high:
             flag = name.replace("_", "-")
@@ -570,11 +583,31 @@ def check_flags(args) -> None:
             raise ValueError(
                 f"--{name} {getattr(args, name):g} is out of range; it must be positive and finite"
             )
+    check_generator(args.generator or "", args.generator_model)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but PyTorch sees no CUDA device; "
             "use --device cpu or install a CUDA build of torch"
         )
+
+
+# host, port and path: a password or a query would be printed, and saved with the run
+HOST = r"[\w-]+(?:\.[\w-]+)*|\[[\da-f:]+\]"
+SERVER = re.compile(rf"https?://(?:{HOST})(?::(\d{{1,5}}))?(?:/[\w.~-]+)+/?", re.ASCII)
+
+
+def check_generator(generator: str, name: str | None) -> None:
+    """Raise ValueError if the URL in --generator is no server's, or a name comes without one."""
+    if "://" in generator:
+        found = SERVER.fullmatch(generator)
+        if not found or not 0 < int(found[1] or 80) < 2**16:
+            shown = "(not shown)" if set(generator) & set("@?#") else generator
+            raise ValueError(
+                f"--generator {shown}: not the URL of a server; give host, port and path, like "
+                "http://localhost:8000/v1, and a key as OPENAI_API_KEY in the environment"
+            )
+    elif name is not None:
+        raise ValueError(f"--generator-model {name} needs the URL of a server as --generator")
 
 
 def read_text(path: Path, what: str) -> str:
@@ -603,6 +636,8 @@ def read_text(path: Path, what: str) -> str:
 FREE = {
     "out",
     "chat",
+    "concurrency",
+    "timeout",
     "device",
     "slots",
     "micro_tokens",
@@ -645,13 +680,13 @@ def open_run(args, prompt: Prompt, chat: Chat) -> None:
     flags["prompt_sha256"] = hashlib.sha256(prompt.text.encode()).hexdigest()[:16]
     flags["model_sha256"] = fingerprint(find_folder(args.model))
     flags["chat_format"] = chat.format
+    # known by something better than their place: a hash, or the name that a server gives its model
+    named = {"prompt", "model"} | ({"generator"} if args.generator_model else set())
     path = args.out / "args.json"
     args.out.mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = read_object(path)
-        changed = [
-            k for k in flags if k not in FREE | {"prompt", "model"} and flags[k] != before.get(k)
-        ]
+        changed = [k for k in flags if k not in FREE | named and flags[k] != before.get(k)]
         if changed:
             told = ", ".join(f"{k} {before.get(k)} (now {flags[k]})" for k in changed)
             raise ValueError(
@@ -677,7 +712,7 @@ def read_demos(args) -> tuple[str, ...]:
 
 
 def make_records(
-    args, prompt: Prompt, demos: tuple[str, ...], voice: Voice, generator: Voice
+    args, prompt: Prompt, demos: tuple[str, ...], voice: Voice, generator: Voice | Server
 ) -> list[Record]:
     """Pseudo inputs, then wave after wave of records; what is on disk is not made again."""
     task, path = task_of(args), args.out / "inputs.json"
@@ -783,20 +818,51 @@ def run(args) -> None:
 
 def synthesise_all(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     """Everything up to the last record of data.jsonl."""
-    demos, limits = read_demos(args), (args.max_new_tokens, args.slots)
-    voice = generator = Voice(model, chat, *limits)
-    if args.generator:
-        generator = Voice(*load_model(args.generator, args.device, bits=args.bits), *limits)
+    demos, voice = read_demos(args), Voice(model, chat, args.max_new_tokens, args.slots)
+    generator = open_generator(args, voice)
     open_run(args, prompt, chat)  # all that can be wrong with the flags is known by now
     announce(args, chat, prompt)
     records = make_records(args, prompt, demos, voice, generator)
     print_quality(quality(records, args.max_turns))
 
 
+def open_generator(args, voice: Voice) -> Voice | Server:
+    """Who writes inputs and reasons: the model itself, another one, or a server.
+
+    A server's model is args.generator_model, which is set here if no flag did: to what the run
+    began with, so that it goes on with that, or else to the first that is served.
+    """
+    if not args.generator:
+        return voice
+    if "://" not in args.generator:
+        loaded = load_model(args.generator, args.device, bits=args.bits)
+        return Voice(*loaded, args.max_new_tokens, args.slots)
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("OPENAI_API_KEY holds what no HTTP header can; set it to the key alone")
+    limits = args.max_new_tokens, args.concurrency, args.timeout
+    server = Server(args.generator.rstrip("/"), "", *limits, key)
+    if args.generator_model is None and (args.out / "args.json").exists():
+        args.generator_model = read_object(args.out / "args.json").get("generator_model")
+    try:
+        args.generator_model = args.generator_model or server.ask("models", first_name, tries=3)
+    except ValueError as error:
+        raise ValueError(f"{error}; or name the model with --generator-model") from None
+    return replace(server, model=args.generator_model)
+
+
+def first_name(content: bytes) -> str:
+    """The first of a server's list of models."""
+    return str(json.loads(content)["data"][0]["id"])
+
+
 def announce(args, chat: Chat, prompt: Prompt) -> None:
     """Say what is done with what, and what to expect of the embedded model."""
     tokens = len(chat.tokens(prompt.text))
     print(f"{args.prompt}: {tokens} tokens, task {args.task}; model {args.model}; run {args.out}")
+    if args.generator:
+        writer = f"{args.generator_model} at " if args.generator_model else ""
+        print(f"pseudo inputs and reasons are written by {writer}{args.generator}")
     if args.model == str(HERE / "tiny"):
         alone = "" if args.task == "os" else " and nothing else: expect no sense of this prompt"
         print(

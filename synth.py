@@ -9,17 +9,22 @@
 The sampler beneath keeps R slots of a KV cache busy (R rows in flight, V vocabulary, P tokens that
 all conversations share): the P tokens, nearly always the long prompt, are computed once and stand
 once in memory; a conversation that has finished gives its slot to the next one waiting. A row's
-randomness is its own, so that what it says does not depend on its neighbours.
+randomness is its own, so that what it says does not depend on its neighbours. The generator may
+also be a Server, any that speaks OpenAI's chat completions.
 
 Leaves out: beam search, repetition penalties, speculative decoding, keeping the cache from turn to
 turn.
 """
 
+import http.client
 import json
 import os
+import queue
 import random
 import re
+import threading
 import time
+import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -582,6 +587,167 @@ def stream(model: Llama, chat: Chat, messages: list[dict], max_new_tokens: int) 
         batch.advance()
 
 
+# --------------------------------------------------------------------------------------- server
+
+TRIES = 7  # of one request; the waits between them add up to about a minute
+FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further one
+LONGEST_WAIT = 60.0  # seconds that a server can ask for on top (Retry-After)
+LONGEST_ANSWER = 2**23  # bytes
+TRY_AGAIN = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that may pass
+TOO_LONG = re.compile(r"context[ _](length|limit|size|window)", re.IGNORECASE)  # how servers say it
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+CURES = {
+    401: "set OPENAI_API_KEY to a key that this server knows",
+    403: "OPENAI_API_KEY may not use this model; take another key or --generator-model",
+    404: "check that --generator ends as the server's URL does (/v1), and --generator-model",
+}
+
+
+class TooLong(ValueError):
+    """A question does not fit the context of the server's model."""
+
+
+class Untouched(urllib.request.HTTPErrorProcessor):
+    """Hands over every answer as it came: no redirect is followed, so none carries the key on."""
+
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model behind an OpenAI-compatible server; it speaks as a Voice does.
+
+    url: up to /v1; concurrency: requests in flight; timeout: seconds that one may take; key: goes
+    into a header and nowhere else. With the same seed a server that batches need not say the same.
+    """
+
+    url: str
+    model: str = ""
+    max_new_tokens: int = 512
+    concurrency: int = 16
+    timeout: float = 300.0
+    key: str = field(default="", repr=False)
+    opener: urllib.request.OpenerDirector = field(
+        default_factory=lambda: urllib.request.build_opener(Untouched), repr=False
+    )
+
+    def fits(self, messages: list[dict]) -> bool:
+        """True: only the server knows its context, and says so when asked; see speak."""
+        return True
+
+    def speak(
+        self, conversations, *, max_new_tokens: int, temperature: float, top_p: float, seeds
+    ) -> Iterator[tuple[int, str | None, bool]]:
+        """Yield (row, text, whether it stopped by itself) as answers come.
+
+        text None: too long for the server's context. Raises ValueError at the first failure.
+        """
+        limits = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        gate, stop = threading.Semaphore(self.concurrency), threading.Event()
+        answers = queue.SimpleQueue()
+
+        def work(row: int) -> None:
+            body = {"model": self.model, "messages": conversations[row], **limits}
+            body["seed"] = seeds[row]
+            with gate:
+                try:
+                    answers.put((row, *self.ask("chat/completions", completion, body, stop=stop)))
+                except TooLong:
+                    answers.put((row, None, False))
+                except Exception as error:  # whatever it is, the main thread raises it
+                    answers.put(error)
+
+        for row in range(len(conversations)):
+            # a daemon: neither Ctrl-C nor the end of the program waits for what is in flight
+            threading.Thread(target=work, args=(row,), daemon=True).start()
+        try:
+            for _ in conversations:
+                answer = answers.get()
+                if isinstance(answer, Exception):
+                    raise answer
+                yield answer
+        finally:
+            stop.set()
+
+    def ask(self, path: str, read, body: dict | None = None, tries: int = TRIES, stop=None):
+        """read() of the answer to one request, which is tried again where that may help.
+
+        Raises TooLong, or ValueError with what went wrong and the cure.
+        """
+        stop, why, wait = stop or threading.Event(), "stopped", 0.0
+        for number in range(tries):
+            if stop.wait(wait):
+                break
+            wait = FIRST_WAIT * 2**number * random.uniform(0.5, 1)  # rows must not come in step
+            # another try is another draw: the same one might be as empty again
+            sent = body and body | {"seed": (body["seed"] + number) % 2**31}
+            try:
+                status, headers, content = self.exchange(path, sent)
+            except (OSError, http.client.HTTPException) as error:
+                why = f"no answer: {self.line(repr(getattr(error, 'reason', error)))}"
+                if "timed out" in why:
+                    why = f"no answer within --timeout {self.timeout:g} s"
+                continue
+            why = f"HTTP {status} {self.line(content.decode(errors='replace'))}"
+            if status == 200:
+                try:
+                    return read(content)
+                except UNREADABLE:
+                    why += ", without a text (a model that thinks must be served not to)"
+            elif status not in TRY_AGAIN:
+                raise self.refusal(path, status, why, headers.get("Location", ""))
+            asked = headers.get("Retry-After", "")  # we follow a number, not a date
+            wait += min(LONGEST_WAIT, float(asked)) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0
+        told = f"{self.url}/{path}: {why} ({tries} tries)"
+        raise ValueError(f"{told}; see to the server, and the same command goes on from here")
+
+    def exchange(self, path: str, body: dict | None):
+        """One request -> (status, headers, bytes of the answer)."""
+        headers = {"Content-Type": "application/json", "User-Agent": "genpi"}
+        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        data = body and json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", data, headers)
+        content, deadline = b"", time.monotonic() + self.timeout
+        with self.opener.open(request, timeout=self.timeout) as response:
+            while piece := response.read1(2**16):
+                content += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+                if len(content) > LONGEST_ANSWER:
+                    raise http.client.HTTPException(f"it has more than {LONGEST_ANSWER} bytes")
+            return response.status, response.headers, content
+
+    def refusal(self, path: str, status: int, told: str, location: str) -> ValueError:
+        """The error for an answer that another try would not change."""
+        cure = CURES.get(status, "the server does not take what genpi.py sends; see its log")
+        if 300 <= status < 400:
+            place = self.line(re.sub("//[^/]*@", "//", location).partition("?")[0])
+            cure = f"it points to {place}; if you trust that, give it to --generator"
+        error = TooLong if TOO_LONG.search(told) else ValueError
+        return error(f"{self.url}/{path}: {told}; {cure}")
+
+    def line(self, text: str) -> str:
+        """A server's words on one short line, without the key."""
+        text = text.replace(self.key, "[key]") if self.key else text
+        return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split())
+
+
+def completion(content: bytes) -> tuple[str, bool]:
+    """(text, whether it stopped by itself) of a chat completion; ValueError if there is no text.
+
+    What a model thinks first is not its text, be it in a field of its own or before </think>.
+    """
+    choice = json.loads(content)["choices"][0]
+    text = (choice["message"]["content"] or "").rpartition("</think>")[2].strip()
+    if not text or text.startswith("<think>"):
+        raise ValueError(text)
+    # half a surrogate pair cannot be written down
+    return text.encode(errors="replace").decode(), choice.get("finish_reason") == "stop"
+
+
 # --------------------------------------------------------------------------------------- stages
 
 
@@ -631,6 +797,14 @@ class Voice:
             self.model, self.chat, conversations, limit, slots=self.slots, bar=bar, **sampling
         )
 
+    def speak(
+        self, conversations, *, max_new_tokens: int, temperature: float, top_p: float, seeds
+    ) -> Iterator[tuple[int, str, bool]]:
+        """Yield (row, text, whether it stopped by itself) as rows finish; row i draws seeds[i]."""
+        limits = max_new_tokens, temperature, top_p, seeds, self.slots
+        for row, ids, whole in sample(self.model, self.chat, conversations, *limits):
+            yield row, self.chat.decode(ids).strip(), whole
+
     def fits(self, messages: list[dict]) -> bool:
         """True if a full turn still fits the context after these messages."""
         return (
@@ -671,7 +845,7 @@ def normalised(text: str) -> str:
 
 
 def more_inputs(
-    voice: Voice, prompt: Prompt, demos: tuple, known: list[str], n: int, seed: int
+    generator: Voice | Server, prompt: Prompt, demos: tuple, known: list[str], n: int, seed: int
 ) -> list[str]:
     """One round: sample lists (temperature 1.0, nucleus 0.9) that hold about n new pseudo inputs.
 
@@ -684,18 +858,21 @@ def more_inputs(
         shown = list(demos) or rng.sample(known, min(5, len(known)))
         asked.append(inputs_messages(prompt, shown, LIST_ITEMS))
         firsts.append(len(shown) + 1)
-    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": [rng.getrandbits(40) for _ in asked]}
-    found = []
-    for row, ids, whole in sorted(
-        sample(voice.model, voice.chat, asked, LIST_ITEMS * 64, **sampling, slots=voice.slots)
-    ):
-        items = parse_list(voice.chat.decode(ids), firsts[row])
+    sampling = {"max_new_tokens": LIST_ITEMS * 64, "temperature": 1.0, "top_p": 0.9}
+    seeds, found = [rng.getrandbits(40) for _ in asked], []
+    for row, text, whole in sorted(generator.speak(asked, **sampling, seeds=seeds)):
+        if text is None:
+            raise ValueError(
+                "the prompt does not fit the context of the generator's server; "
+                "serve it with a longer one, and the same command goes on from here"
+            )
+        items = parse_list(text, firsts[row])
         found += items if whole else items[:-1]  # a list cut at the limit ends in half an item
     return found
 
 
 def pseudo_inputs(
-    voice: Voice, prompt: Prompt, demos: tuple, n: int, seed: int, state: dict, save
+    generator: Voice | Server, prompt: Prompt, demos: tuple, n: int, seed: int, state: dict, save
 ) -> list[str]:
     """n distinct pseudo inputs, or fewer after FRUITLESS_ROUNDS rounds that brought nothing new.
 
@@ -708,7 +885,7 @@ def pseudo_inputs(
         while len(inputs) < n and state["fruitless"] < FRUITLESS_ROUNDS:
             clock, before = time.perf_counter(), len(inputs)
             round_seed = hash_seed(seed, "inputs", state["rounds"])
-            for x in more_inputs(voice, prompt, demos, inputs, n - len(inputs), round_seed):
+            for x in more_inputs(generator, prompt, demos, inputs, n - len(inputs), round_seed):
                 if normalised(x) not in seen and len(inputs) < n:
                     seen.add(normalised(x))
                     inputs.append(x)
@@ -792,7 +969,7 @@ def goes_on(record: Record, answer: str, task: Task, last: bool) -> bool:
 
 def synthesise(
     voice: Voice,
-    generator: Voice,
+    generator: Voice | Server,
     prompt: Prompt,
     task: Task,
     records: list[Record],
@@ -821,13 +998,12 @@ def synthesise(
     spoken = [r for r in spoken if not r.overlong]
     asked = [question(r) for r in spoken]
     seeds = [hash_seed(seed, "reason", r.index) for r in spoken]
-    limits = {"max_new_tokens": generator.max_new_tokens, "slots": generator.slots}
-    sampling = {"temperature": 0.7, "top_p": 0.9, "seed": seeds}
-    rows = sample(generator.model, generator.chat, asked, **limits, **sampling)
-    for row, ids, _ in tqdm(
+    sampling = {"max_new_tokens": generator.max_new_tokens, "temperature": 0.7, "top_p": 0.9}
+    rows = generator.speak(asked, **sampling, seeds=seeds)
+    for row, text, _ in tqdm(
         rows, f"{'reasons':<18}", len(spoken), unit="reason", dynamic_ncols=True
     ):
-        spoken[row].reason = generator.chat.decode(ids).strip()
+        spoken[row].reason, spoken[row].overlong = text or "", text is None
         spoken[row].seconds = time.perf_counter() - clock  # since the last record
         clock += spoken[row].seconds
         yield spoken[row]

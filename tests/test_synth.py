@@ -1,7 +1,6 @@
 """The stages of the synthesis, with scripted speakers in place of a model."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -32,7 +31,7 @@ class Script:
     The environment is recognised by its system message, as a model would.
     """
 
-    max_new_tokens, slots, model, chat = 9, None, None, None
+    max_new_tokens = 9
 
     def __init__(self, agent, environment, room=10**9):
         self.agent, self.environment, self.room, self.asked = agent, environment, room, []
@@ -234,17 +233,12 @@ def test_quality_counts_agent_turns_and_flags():
     assert (table["mean_turns"], table["hit_limit"], table["no_end_token"]) == (2, 0.5, 0)
 
 
-def test_a_wave_yields_whole_records(monkeypatch):
+def test_a_wave_yields_whole_records():
     """Every record of a wave comes back with its conversation, yS and r, as its reason is done."""
-    monkeypatch.setattr(
-        synth,
-        "sample",
-        lambda model, chat, asked, *a, **k: ((i, [i], True) for i in range(len(asked))),
-    )
     script = Script(
         lambda m: "Use ls." if "Rules" not in m[1]["content"] else "Act: finish", lambda m: END
     )
-    script.chat = SimpleNamespace(decode=lambda ids: f"because {ids[0]}")
+    script.speak = lambda asked, **how: ((i, f"because {i}", True) for i in range(len(asked)))
     wave = [Record(i, f"x{i}") for i in range(3)]
     done = list(synthesise(script, script, PROMPT, OS, wave, 2, seed=0))
     assert [r.index for r in done] == [0, 1, 2]
