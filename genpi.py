@@ -415,8 +415,9 @@ def load_checkpoint(out: Path, model: Llama, optimizer) -> int:
             step = int(file.metadata()["step"])
         saved = load_file(path)
         shapes = {name: t.shape for name, t in named_state(model, optimizer).items()}
-        assert shapes == {name: t.shape for name, t in saved.items()}
-    except (safetensors.SafetensorError, ValueError, TypeError, KeyError, AssertionError):
+        if shapes != {name: t.shape for name, t in saved.items()}:
+            raise ValueError(path)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError):
         told = f"{path} is no checkpoint of this run; delete it, and the training begins anew"
         raise ValueError(told) from None
     for name, p in model.named_parameters():
@@ -562,6 +563,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def check_flags(args) -> None:
     """Raise ValueError for the first flag out of range, naming value and limit."""
+    for name, value in vars(args).items():
+        # what a terminal sends as other bytes arrives as lone surrogates
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            told = f"--{name.replace('_', '-')} {value!r} is not UTF-8"
+            raise ValueError(f"{told}; set the terminal to UTF-8, or use plain letters")
     whole = "samples held_out max_turns max_new_tokens epochs batch rank save_every concurrency"
     optional = [name for name in ("slots", "micro_tokens") if getattr(args, name) is not None]
     for name in whole.split() + optional:
@@ -571,7 +577,7 @@ def check_flags(args) -> None:
                 "it must be at least 1"
             )
     ranges = {"lam": (0, 1), "warmup": (0, 1), "dropout": (0, 0.99), "weight_decay": (0, 1)}
-    ranges |= {"lr": (0, 1), "seed": (0, 2**32), "timeout": (0.1, 86400)}
+    ranges |= {"lr": (0, 1), "seed": (0, 2**32), "timeout": (0.1, 86400), "epochs": (1, 10_000)}
     for name, (low, high) in ranges.items():
         if not low <= getattr(args, name) <= high:
             flag = name.replace("_", "-")
@@ -886,7 +892,8 @@ def load_run(folder: Path, device: str | None = None):
         raise ValueError(
             f"{folder}: no args.json, so it is no run folder; give the --out of an earlier run"
         )
-    args = argparse.Namespace(**read_object(path, ("model", "model_sha256", "bits", "device")))
+    flags = vars(build_parser().parse_args([]))
+    args = argparse.Namespace(**read_object(path, ("model_sha256", *flags)))
     if not (folder / lora.CONFIG).exists():
         raise ValueError(
             f"{folder}: has no finished adapter; run genpi.py with the same flags to finish it"
@@ -997,7 +1004,11 @@ def start(argv: list[str] | None) -> int:
         return 0
     # a process of its own: memory is free, and the report comes from the command that repeats it
     command = [sys.executable, HERE / "evaluate.py", f"--run={args.out}", "--device", args.device]
-    return subprocess.run([str(word) for word in command]).returncode
+    try:
+        code = subprocess.run([str(word) for word in command]).returncode
+    except KeyboardInterrupt:  # it reaches both processes, and the other one has said so
+        return 130
+    return code if code >= 0 else 2  # negative: ended by a signal, as by the lack of memory
 
 
 if __name__ == "__main__":

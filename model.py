@@ -31,6 +31,7 @@ Hydragen (2402.05099).
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -113,6 +114,13 @@ def refuse_unsupported(d: dict) -> None:
         optional = field not in list(Config.__dataclass_fields__)[:5] and d.get(field) is None
         if not optional and not (isinstance(d.get(field), int) and d[field] > 0):
             raise ValueError(f"config.json: {field} = {d.get(field)}, a positive integer is needed")
+    if d.get("rms_norm_eps") is not None:
+        require_positive("rms_norm_eps", d["rms_norm_eps"])
+
+
+def require_positive(field: str, value) -> None:
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"config.json: {field} = {value}, a positive number is needed")
 
 
 def rope_parameters(d: dict) -> dict:
@@ -127,9 +135,9 @@ def rope_parameters(d: dict) -> dict:
     for field in ROPE_TYPES[kind].split():
         if field not in rope:
             raise ValueError(f"config.json: rope_type = {kind} needs {field}, which is not there")
+        require_positive(field, rope[field])
     theta = rope.get("rope_theta") or d.get("rope_theta") or Config.rope_theta
-    if not isinstance(theta, (int, float)):
-        raise ValueError(f"config.json: rope_theta = {theta}, a number is needed")
+    require_positive("rope_theta", theta)
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else rope}
 
 
@@ -433,7 +441,7 @@ def load_model(
 
 def find_folder(path_or_id: str) -> Path:
     """The folder of a checkpoint; a Hub id is downloaded into Hugging Face's cache first."""
-    folder = Path(path_or_id)
+    folder = Path(os.path.expanduser(path_or_id))
     if path_or_id and folder.is_dir():
         return folder
     owner_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_id)
@@ -615,7 +623,11 @@ class Chat:
         parsed = read_json(folder / "tokenizer.json")
         settings = read_json(folder / "special_tokens_map.json", optional=True)
         settings |= read_json(folder / "tokenizer_config.json", optional=True)
-        self.control = control_tokens(parsed, settings)
+        try:
+            self.control = control_tokens(parsed, settings)
+        except (KeyError, TypeError, AttributeError):
+            told = f"{folder / 'tokenizer.json'}: added_tokens are damaged; download it again"
+            raise ValueError(told) from None
         self.space, self.spaced = take_space(parsed)
         self.tokenizer = build_tokenizer(parsed, folder)
         self.names = re.compile(f"({'|'.join(map(re.escape, self.control))})")

@@ -196,6 +196,11 @@ def test_paths_with_spaces_and_other_alphabets(run, checkpoint, tmp_path):
     assert ended[0] == 0, ended[2]
 
 
+def test_a_flag_in_bytes_that_are_no_text(run, out):
+    """What the shell's bytes cannot mean does not end the run in a traceback."""
+    assert run("--environment", "a \udcff shell", "--max-turns", 2)[0] in (0, 2)
+
+
 def test_a_terminal_that_cannot_show_a_letter(run, out, tmp_path, monkeypatch):
     """An ASCII terminal loses the letter, not the run."""
     (tmp_path / "ü.txt").write_text("Réponds.", encoding="utf-8")
@@ -275,6 +280,7 @@ def nan(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors")
 
 
+LINEAR = {"rope_type": "linear"}
 INDEX, JINJA = "model.safetensors.index.json", "chat_template.jinja"
 DAMAGE = {  # what is done to a checkpoint, and the words that the error needs
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["no model.safetensors"]),
@@ -294,6 +300,11 @@ DAMAGE = {  # what is done to a checkpoint, and the words that the error needs
     "no number": (lambda f: edit(f, max_position_embeddings="x"), ["max_position_embeddings", "x"]),
     "rope list": (lambda f: edit(f, rope_scaling=[1]), ["rope_scaling", "[1]"]),
     "rope word": (lambda f: edit(f, rope_theta="x"), ["rope_theta", "x"]),
+    "rope sign": (lambda f: edit(f, rope_theta=-1.0), ["rope_theta", "-1.0"]),
+    "rope factor": (lambda f: edit(f, rope_scaling=LINEAR | {"factor": "x"}), ["factor", "x"]),
+    "norm word": (lambda f: edit(f, rms_norm_eps="x"), ["rms_norm_eps", "x"]),
+    "odd token": (lambda f: (f / "tokenizer.json").write_text('{"added_tokens": [{"id": 1}]}'),
+                  ["tokenizer.json", "download"]),
     "index list": (lambda f: (f / INDEX).write_text('{"weight_map": [1]}'), [INDEX, "weight_map"]),
     "index number": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": 1}}'), [INDEX]),
     "binary template": (lambda f: (f / JINJA).write_bytes(b"\xff"), [JINJA]),
@@ -524,6 +535,14 @@ def test_a_damaged_json_file(run, report, again, name, content):
     complaint(run("--out", again), again)
 
 
+def test_a_flag_that_the_run_folder_lacks(report, again):
+    """An args.json with a flag missing, as an older version wrote it, is named."""
+    args = json.loads((again / "args.json").read_text())
+    del args["held_out"]
+    (again / "args.json").write_text(json.dumps(args))
+    complaint(report(again), again / "args.json")
+
+
 @pytest.mark.parametrize("size", [0, 20, -20])
 def test_a_training_state_cut_short(run, again, size):
     """A checkpoint that cannot be read is named; without it the training begins anew."""
@@ -534,11 +553,12 @@ def test_a_training_state_cut_short(run, again, size):
     assert run("--out", again)[0] == 0
 
 
+@pytest.mark.parametrize("names", [["other"], None], ids=["other names", "other shapes"])
 @pytest.mark.parametrize("metadata", [None, {"step": "x"}, {"step": "1"}])
-def test_a_training_state_of_something_else(run, again, metadata):
+def test_a_training_state_of_something_else(run, again, names, metadata):
     """A checkpoint with other tensors or no step is named, too."""
     state = unfinish(again) / "checkpoint" / "state.safetensors"
-    save_file({"other": torch.zeros(1)}, state, metadata)
+    save_file({name: torch.zeros(3, 3) for name in names or load_file(state)}, state, metadata)
     complaint(run("--out", again), state, "delete")
 
 

@@ -1,0 +1,371 @@
+"""Speed and memory beside the usual stack: transformers + peft, on a GPU with bitsandbytes.
+
+    python tests/bench.py step continuations               on a CPU (a quarter of an hour)
+    python tests/bench.py --device cuda nf4 decode step    on a GPU
+    python tests/bench.py cost                             ours alone: how the cost grows
+
+step            one optimiser step of SFT + PG, LoRA of rank 16: real tokens a second, peak memory
+continuations   64 rows write 64 tokens each after a prompt of 500 tokens that all share
+decode          1 row and 64 rows write 128 tokens each
+nf4             y = x W^T with an NF4 weight, 1 and 8 rows
+cost            an optimiser step against samples, prompt length and vocabulary
+
+On a CPU the shape is SmolLM2-135M's in float32, on a GPU Llama-3-8B's in NF4. The weights are
+random, for speed does not depend on them, and lie in a checkpoint that both sides load with their
+own from_pretrained or load_model. The batch is real: records of `python genpi.py --prompt os.txt`
+(fixtures/records.jsonl), on a GPU with a prompt made 1,400 tokens long.
+
+Ours and the peer's take turns, --rounds times, each in a process of its own, since peak memory
+belongs to a process. Printed are medians (smallest to largest); --out takes all values as JSON.
+The peer gets what favours it: our micro-batches, so no more padding than ours, fused attention, and
+the loss and the cache of its own library. Both must find the same loss.
+
+Needs beyond requirements.txt: transformers and peft; bitsandbytes on a GPU.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import genpi  # noqa: E402
+import lora  # noqa: E402
+import quant  # noqa: E402
+import synth  # noqa: E402
+from model import Chat, Config, Llama, load_model  # noqa: E402
+
+SMOL = Config(  # SmolLM2-135M
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+    num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
+    rms_norm_eps=1e-5, tie_word_embeddings=True, rope_theta=100000.0,
+)  # fmt: skip
+LLAMA3 = Config(  # Llama-3-8B
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+    rms_norm_eps=1e-5, rope_theta=500000.0,
+)  # fmt: skip
+RANK, ALPHA, DROPOUT, LAM = 16, 32, 0.05, 0.7
+LONG = 1400  # tokens of the paper's prompts, with Llama 3's tokenizer
+MATRICES = ((4096, 4096), (14336, 4096), (4096, 14336))
+
+# ------------------------------------------------------------------------------------ the two sides
+
+
+def write_checkpoint(config: Config, folder: Path) -> None:
+    """A checkpoint of random weights in bfloat16, a file a layer, with tiny/'s tokenizer."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Llama(config).named_parameters()}
+    files: dict[str, dict] = {}
+    for name in shapes:
+        files.setdefault(".".join(name.split(".")[:3]) + ".safetensors", {})[name] = None
+    for file, names in files.items():
+        for name in names:
+            ones = len(shapes[name]) == 1
+            weight = torch.ones(shapes[name]) if ones else torch.randn(shapes[name]) * 0.02
+            names[name] = weight.bfloat16()
+        save_file(names, folder / file, {"format": "pt"})
+        names.update(dict.fromkeys(names, file))
+    index = {name: file for names in files.values() for name, file in names.items()}
+    index = {"metadata": {}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    fields = asdict(config) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    del fields["rope_scaling"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "tiny" / name, folder)
+
+
+def load_ours(args, adapter: bool):
+    model, _ = load_model(args.folder, args.device, bits=args.bits)
+    if adapter:
+        lora.add_lora(model, RANK, ALPHA, DROPOUT).train()
+        model.checkpointing = args.checkpointing
+    return model
+
+
+def load_peer(args, adapter: bool):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    how = {"dtype": torch.bfloat16 if args.device == "cuda" else torch.float32}
+    if args.bits == 4:
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    how["device_map"] = {"": args.device}
+    model = AutoModelForCausalLM.from_pretrained(args.folder, attn_implementation="sdpa", **how)
+    if adapter:
+        targets = list(lora.TARGETS)
+        sizes = {"r": RANK, "lora_alpha": ALPHA, "lora_dropout": DROPOUT}
+        if args.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = get_peft_model(model, LoraConfig(**sizes, target_modules=targets))
+        model.train()
+    return model
+
+
+# -------------------------------------------------------------------------------------- the figures
+
+
+def batch_of(args, records: int, long: int = 0, times: int = 1):
+    """SFT and PG sequences of the first records; p is written `times` over, or to `long` tokens."""
+    chat = Chat(ROOT / "tiny", 8192)
+    text = (ROOT / "os.txt").read_text(encoding="utf-8")
+    text = "\n\n".join([text] * (times if not long else -(-long // len(chat.tokens(text)))))
+    if long:
+        text = chat.decode(chat.tokens(text)[:long])
+    rows = synth.read_records(ROOT / "tests" / "fixtures" / "records.jsonl")[:records]
+    sft = [genpi.sft_sequence(chat, r) for r in rows]
+    return sft, [genpi.pg_sequence(chat, synth.Prompt(text), r) for r in rows]
+
+
+def peers_step(model, optimizer, sft, pg, tokens: int, device: str) -> tuple[float, float]:
+    """genpi.train_step in the peer's terms -> mean sft and pg loss."""
+    optimizer.zero_grad(set_to_none=True)
+    means, parameters = [0.0, 0.0], [p for p in model.parameters() if p.requires_grad]
+    for term, sequences in enumerate((sft, pg)):
+        n_tokens = sum(label != genpi.IGNORE for s in sequences for label in s.labels)
+        lengths = sorted((len(s.ids) for s in sequences), reverse=True)
+        for ids, labels in genpi.micro_batches(sequences, tokens, device):
+            own = torch.tensor([lengths.pop(0) for _ in ids], device=device)
+            mask = (torch.arange(ids.size(1), device=device) < own[:, None]).long()
+            batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+            mean = model(**batch, num_items_in_batch=n_tokens, use_cache=False).loss
+            (mean * (LAM, 1 - LAM)[term]).backward()
+            means[term] += mean.item()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    return tuple(means)
+
+
+def step(args) -> dict:
+    """The second of two optimiser steps."""
+    torch.manual_seed(0)
+    model = (load_ours if args.who == "ours" else load_peer)(args, adapter=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def take(sft, pg):
+        if args.who == "peer":
+            return peers_step(model, optimizer, sft, pg, args.micro_tokens, args.device)
+        rest = LAM, 1.0, args.micro_tokens, args.device
+        return genpi.train_step(model, optimizer, sft, pg, *rest)[:2]
+
+    sft, pg = batch_of(args, args.records, LONG if args.device == "cuda" else 0)
+    take(sft, pg)  # the second step finds its memory mapped already
+    seconds, losses = timed(args.device, lambda: take(sft, pg))
+    tokens = sum(len(s.ids) for s in sft + pg)
+    return {"tokens_per_second": tokens / seconds, "peak_bytes": peak(args.device), "loss": losses}
+
+
+class Ids:
+    """A chat whose messages are token ids already and which never stops."""
+
+    stops, context = (), 8192
+
+    def encode(self, ids, reply):
+        return ids, None
+
+
+def generation(args) -> dict:
+    """rows x new greedy tokens after a prompt of which `shared` tokens are the same in all rows."""
+    model = (load_ours if args.who == "ours" else load_peer)(args, adapter=False)
+    draw = torch.Generator().manual_seed(1)
+    own = torch.randint(3, 1000, (args.rows, 20), generator=draw)
+    shared = torch.randint(3, 1000, (args.shared,), generator=draw).expand(args.rows, -1)
+    ids = torch.cat((shared, own), 1)
+
+    def write(new: int):
+        if args.who == "ours":
+            found = synth.sample(model, Ids(), ids.tolist(), new, slots=args.rows)
+            return [row for _, row, _ in sorted(found)]
+        batch, fixed = ids.to(args.device), {"min_new_tokens": new, "max_new_tokens": new}
+        options = fixed | {"do_sample": False, "pad_token_id": 0}
+        with torch.no_grad():
+            out = model.generate(batch, attention_mask=torch.ones_like(batch), **options)
+        return out[:, ids.size(1) :].tolist()
+
+    if args.device == "cuda":
+        write(args.new)  # compiles, captures, picks algorithms
+    seconds, rows = timed(args.device, lambda: write(args.new))
+    assert [len(row) for row in rows] == [args.new] * args.rows
+    rate = args.rows * args.new / seconds
+    return {"tokens_per_second": rate, "peak_bytes": peak(args.device), "first": rows[0][:8]}
+
+
+def nf4(args) -> dict:
+    """Microseconds of one product, its weights cold: copies that exceed the cache take turns."""
+    n, k, rows = args.matrix
+    w = torch.randn(n, k, device=args.device, dtype=torch.bfloat16) * 0.02
+    x = torch.randn(rows, k, device=args.device, dtype=torch.bfloat16)
+    copies = 1 + 200_000_000 // (n * k // 2)
+    if args.who == "ours":
+        weights = [quant.quantize_nf4(w + 0) for _ in range(copies)]
+        products = [lambda q=q: quant.nf4_matmul(x, q) for q in weights]
+    else:
+        import bitsandbytes.functional as bnb
+        from bitsandbytes import matmul_4bit
+
+        pairs = [bnb.quantize_4bit(w + 0, quant_type="nf4", compress_statistics=True)
+                 for _ in range(copies)]  # fmt: skip
+        products = [lambda p=p, s=s: matmul_4bit(x, p.t(), quant_state=s) for p, s in pairs]
+
+    def all_of_them():
+        return [product() for product in products]
+
+    y = all_of_them()[0]
+    error = (y.double() - x.double() @ w.double().T).norm() / (x.double() @ w.double().T).norm()
+    seconds = min(timed(args.device, all_of_them)[0] for _ in range(10)) / copies
+    packed = n * k * 4.127 / 8
+    return {"microseconds": 1e6 * seconds, "bytes_per_second": packed / seconds,
+            "relative_error": error.item()}  # fmt: skip
+
+
+def cost(args) -> dict:
+    """Seconds of an optimiser step of ours on the records, with p `times` as long."""
+    torch.manual_seed(0)
+    model = load_ours(args, adapter=True)
+    optimizer = torch.optim.AdamW(lora.adapter_parameters(model), lr=1e-4)
+    sft, pg = batch_of(args, args.records, times=args.times)
+    rest = LAM, 1.0, args.micro_tokens, args.device
+    genpi.train_step(model, optimizer, sft[:1], [], *rest)
+    seconds, _ = timed(args.device, lambda: genpi.train_step(model, optimizer, sft, pg, *rest))
+    tokens = sum(len(s.ids) for s in sft + pg)
+    return {"seconds": seconds, "tokens": tokens, "peak_bytes": peak(args.device)}
+
+
+def timed(device: str, work):
+    """(seconds, result), and from here on a fresh peak of GPU memory."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    clock = time.perf_counter()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - clock, result
+
+
+def peak(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --------------------------------------------------------------------------------------- the races
+
+
+def races(figure: str, cuda: bool) -> list[dict]:
+    """What is measured for a figure: settings of the worker, a name for each."""
+    small = {"name": figure, "work": figure, "config": "smol", "bits": 16, "micro_tokens": 2048}
+    shape = {**small, "config": "llama3", "bits": 4, "micro_tokens": 4096} if cuda else small
+    if figure == "step":
+        return [shape | {"records": 32 if cuda else 4, "checkpointing": cuda}]
+    if figure == "continuations":
+        return [shape | {"work": "generation", "rows": 64, "shared": 500, "new": 64}]
+    if figure == "decode":
+        settings = {"work": "generation", "shared": 100, "new": 128}
+        return [shape | settings | {"name": f"decode, rows {n}", "rows": n} for n in (1, 64)]
+    if figure == "nf4":
+        cases = [(n, k, rows) for n, k in MATRICES for rows in (1, 8)]
+        name = "nf4 {} x {}, rows {}"
+        return [{"work": "nf4", "name": name.format(*case), "matrix": case} for case in cases]
+    base = shape | {"alone": True, "records": 2, "times": 1}
+    vary = [{"records": n} for n in (1, 2, 4)] + [{"times": n} for n in (1, 2, 4)]
+    vary += [{"vocabulary": n} for n in (12288, 24576, 49152, 98304)]
+    return [base | v | {"name": "cost, {} {}".format(*next(iter(v.items())))} for v in vary]
+
+
+def worker(settings: dict) -> None:
+    args = argparse.Namespace(**{"checkpointing": False} | settings)
+    torch.set_num_threads(args.threads)
+    print(json.dumps(globals()[args.work](args)))
+
+
+def measure(settings: dict) -> dict:
+    """Run a worker process -> what it printed last."""
+    command = [sys.executable, __file__, "--worker", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{settings['name']}, {settings['who']}: failed\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def race(settings: dict, rounds: int, found: dict) -> None:
+    """Fill found[name] = {who: [results]} in turn, and print a line."""
+    sides = ("ours",) if settings.get("alone") else ("ours", "peer")
+    rows = found[settings["name"]] = {who: [] for who in sides}
+    for _ in range(rounds):
+        for who in sides:
+            rows[who].append(measure(settings | {"who": who}))
+    key = next(iter(rows["ours"][0]))
+    for who in sides:
+        print(f"{settings['name']:<28} {who:<5} {key} {spread([r[key] for r in rows[who]])}")
+    if "loss" in rows["ours"][0]:
+        losses = [[r["loss"] for r in rows[who]] for who in sides]
+        print(f"{'':<28} loss (SFT, PG) {losses[0][0]} {losses[1][0]}")
+    if len(sides) == 2:
+        ratio = [a[key] / b[key] for a, b in zip(rows["ours"], rows["peer"], strict=True)]
+        ratio = [1 / r for r in ratio] if key == "microseconds" else ratio
+        print(f"{'':<28} times as fast {spread(ratio)}")
+    if "peak_bytes" in rows["ours"][0]:
+        peaks = {who: [r["peak_bytes"] / 2**30 for r in rows[who]] for who in sides}
+        print(f"{'':<28} peak GiB {', '.join(f'{w} {spread(p)}' for w, p in peaks.items())}")
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+
+
+def main() -> None:
+    figures = ("step", "continuations", "decode", "nf4", "cost")
+    parser = argparse.ArgumentParser(description="Speed and memory beside the usual stack.")
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(figures))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
+    parser.add_argument("--threads", type=int, default=2, help="of a CPU")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"))
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker)
+    if not args.figures or not set(args.figures) <= set(figures):
+        parser.error(f"figures are {', '.join(figures)}")
+    gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
+    found: dict = {"machine": [platform.processor(), gpu], "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as scratch:
+        for figure in args.figures:
+            for settings in races(figure, args.device == "cuda"):
+                settings |= {"device": args.device, "threads": args.threads}
+                if "config" in settings:
+                    settings["folder"] = str(checkpoint_of(settings, Path(scratch)))
+                race(settings, args.rounds, found)
+                args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def checkpoint_of(settings: dict, scratch: Path) -> Path:
+    config = {"smol": SMOL, "llama3": LLAMA3}[settings["config"]]
+    config = replace(config, vocab_size=settings.get("vocabulary", config.vocab_size))
+    folder = scratch / f"{settings['config']}-{config.vocab_size}"
+    if not folder.exists():
+        folder.mkdir()
+        write_checkpoint(config, folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
