@@ -26,7 +26,7 @@ and once more in the backward pass; in between only the codes exist:
     y = x W^T,        dx = dy W,        nothing for W
 
 On CUDA three Triton kernels do the unpacking. What they move to and from memory for 16-bit x, in
-bytes a weight, beside x and y:
+bytes a weight, beside x, y and the partial sums of y in _tens_kernel:
 
     up to FEW rows      _few_kernel      codes in, sums in registers                   0.52
     up to TENS rows     _tens_kernel     codes in, tensor cores                        0.52
@@ -314,8 +314,8 @@ def _tens_of_rows(x: Tensor, q: NF4Weight) -> Tensor:
     """y = x W^T for 1 to 64 rows, K a multiple of 64: x (..., K) -> (..., N)."""
     (n_out, k), blocks = q.shape, q.shape[1] // BLOCK
     x2, tiles = x.reshape(-1, k).contiguous(), triton.cdiv(n_out, TENS_OUTPUTS)
-    rows, per_part = len(x2), triton.cdiv(blocks, max(1, TENS_PROGRAMS // tiles))
-    parts = triton.cdiv(blocks, per_part)
+    per_part = max(TENS_BLOCKS, triton.cdiv(blocks, max(1, TENS_PROGRAMS // tiles)))
+    rows, parts = len(x2), triton.cdiv(blocks, per_part)
     y = x.new_empty(parts, rows, n_out, dtype=x.dtype if parts == 1 else torch.float32)
     _tens_kernel[tiles, parts](
         _pointers(q), x2, y, rows, n_out, k, max(16, triton.next_power_of_2(rows)), TENS_OUTPUTS,
@@ -330,7 +330,8 @@ UNPACK_BLOCKS = 32  # of 64 weights: 32 bytes of codes for each lane, two loads 
 FEW_OUTPUTS = 4  # rows of W in a program: that many times is a piece of x used
 FEW_CHUNK = 1024  # inputs at a time: 16 bytes of codes for each lane and row of W, one load
 TENS_OUTPUTS = 32  # rows of W in a program
-TENS_PROGRAMS = 1024  # about 8 for each of an H200's 132 multiprocessors
+TENS_PROGRAMS = 1024  # if N is small, cut K until they are about 8 for each of 132 multiprocessors
+TENS_BLOCKS = 4  # but not finer: a part's sums are written and read again, 8 bytes a row and output
 
 if triton is not None:
     _BLOCK, _SCALE_BLOCK = tl.constexpr(BLOCK), tl.constexpr(SCALE_BLOCK)
