@@ -48,7 +48,7 @@ from genpi import (
     split_records,
     task_of,
 )
-from model import Chat, KVCache, Llama
+from model import Chat, KVCache, Llama, prefill
 from synth import (
     Prompt,
     Record,
@@ -94,6 +94,12 @@ def mean_nll(model: Llama, sequences: list[Sequence], tokens: int) -> float:
         sequence_nll(model, *batch).item() for batch in micro_batches(sequences, tokens, device)
     )
     return nats / sum(label != IGNORE for s in sequences for label in s.labels)
+
+
+def gap_closed(nll: dict[str, float]) -> float | None:
+    """(base - adapter) / (base - teacher); None if p did not help the teacher either."""
+    gap = nll["base"] - nll["teacher"]
+    return (nll["base"] - nll["adapter"]) / gap if gap > 0 else None
 
 
 def same_action(task: Task, ours: str, teachers: str) -> bool:
@@ -205,16 +211,6 @@ def time_request(
     return statistics.median(first[1:]), statistics.median(later[1:])
 
 
-@torch.no_grad()
-def prefix_cache(model: Llama, ids: list[int]) -> KVCache:
-    embedding = model.model.embed_tokens.weight
-    prefix = KVCache(model.config, 1, len(ids), embedding.device, embedding.dtype)
-    ids = torch.tensor([ids], device=embedding.device)
-    model(ids, prefix, at=torch.zeros_like(ids, dtype=torch.bool))
-    prefix.advance(ids.size(1))
-    return prefix
-
-
 def break_even(
     model: Llama, chat: Chat, prompt: Prompt, records: list[Record], spent: float
 ) -> dict:
@@ -226,13 +222,13 @@ def break_even(
     x = sorted((r.pseudo_input for r in records), key=len)[len(records) // 2]
     full = chat.encode(prompt.teacher(x), reply=True)[0]
     bare = chat.encode(student_messages(x), reply=True)[0]
-    other = chat.encode(prompt.teacher("\n"), reply=True)[0]
+    other = chat.encode(prompt.teacher("\n"), reply=True)[0]  # parts from any x at x's first token
     shared = next(i for i, (a, b) in enumerate(zip(full, other, strict=False)) if a != b)
     reply = statistics.mean(len(chat.tokens(t)) + 1 for r in records for t in r.turns[::2])
     with lora.adapter_off(model):
         times = {"full_prompt": (time_request(model, full), len(full))}
         times["prefix_cached"] = (
-            time_request(model, full[shared:], prefix_cache(model, full[:shared])),
+            time_request(model, full[shared:], prefill(model, full[:shared])),
             len(full) - shared,
         )
     times["adapter"] = (time_request(model, bare), len(bare))
@@ -282,7 +278,7 @@ def count_parameters(model: Llama) -> tuple[int, int]:
 
 
 def seconds_spent(folder: Path, records: list[Record]) -> dict:
-    """Seconds of synthesis and of training, over all interruptions."""
+    """Seconds of synthesis and of training; what an interruption lost is not counted."""
     inputs = read_object(folder / "inputs.json", ("seconds", "inputs"))
     if len(records) < len(inputs["inputs"]):
         raise ValueError(
@@ -315,14 +311,15 @@ def evaluate_run(folder: Path, device: str | None) -> dict:
         prompted = [teacher_sequence(chat, prompt, r) for r in held_out]
         nll["teacher"] = mean_nll(model, prompted, tokens)
     agree = agreement(model, chat, task, held_out, args.max_new_tokens, args.slots)
-    recited = recall(model, chat, prompt, held_out[:RECALLED], args.slots)
+    asked = [r for r in held_out if len(pg_sequence(chat, prompt, r).ids) <= chat.context]
+    recited = recall(model, chat, prompt, asked[:RECALLED], args.slots) if asked else None
     spent = seconds["synth"] + seconds["train"]
     paid = break_even(model, chat, prompt, held_out, spent)  # last: it merges the adapter
     return {
         "model": args.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": args.lam,
         "trainable_params": trainable, "total_params": total,
         "samples": len(training), "held_out": len(held_out),
-        "nll": nll, "gap_closed": (nll["base"] - nll["adapter"]) / (nll["base"] - nll["teacher"]),
+        "nll": nll, "gap_closed": gap_closed(nll),
         "agreement": agree, "recall": recited, "break_even": paid,
         "synthesis": quality(everything, args.max_turns),
         "seconds": {**seconds, "evaluate": time.perf_counter() - clock},
@@ -331,7 +328,7 @@ def evaluate_run(folder: Path, device: str | None) -> dict:
 
 def markdown(report: dict, name: str) -> str:
     """The report as one page: a table a question."""
-    nll, agree, known = report["nll"], report["agreement"], report["recall"]
+    nll, agree = report["nll"], report["agreement"]
     whom = ("base", "teacher", "adapter")
     share = 100 * report["trainable_params"] / report["total_params"]
     return f"""# {name}: {report["prompt_tokens"]} prompt tokens in {report["trainable_params"]:,} \
@@ -344,15 +341,25 @@ parameters ({share:.1f} %)
 | nll (nats/token) | {" | ".join(f"{nll[who]:.3f}" for who in whom)} |
 | agreement (95 %) | {" | ".join(interval(agree[who]) for who in whom)} |
 
-gap closed {report["gap_closed"]:.3f}; recall of the prompt {known["ratio"]:.3f} (whoever has the \
+{internalised(report)}
+
+{costs(report)}
+"""
+
+
+def internalised(report: dict) -> str:
+    """How much of the gap is closed and of p is known; says so where there is no answer."""
+    closed, known = report["gap_closed"], report["recall"]
+    gap = "no gap to close: the prompt does not help" if closed is None else f"{closed:.3f}"
+    if known is None:
+        return f"gap closed {gap}; recall of the prompt not asked: it does not fit the context"
+    rows = [f"| `{row['text'].strip()[:70]}` | {row['nll']:.3f} |" for row in known["lines"][:3]]
+    return f"""gap closed {gap}; recall of the prompt {known["ratio"]:.3f} (whoever has the \
 adapter can read the prompt)
 
 | least known lines of the prompt | nats/token |
 |---|---|
-{chr(10).join(f"| `{row['text'].strip()[:70]}` | {row['nll']:.3f} |" for row in known["lines"][:3])}
-
-{costs(report)}
-"""
+{chr(10).join(rows)}"""
 
 
 def costs(report: dict) -> str:

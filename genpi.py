@@ -23,10 +23,11 @@ Departures from the paper, each with its reason:
   * the environment is opened by a user turn ("Start a new conversation."), since most chat formats
     cannot begin with the assistant.
 
-Letters: B batch, T tokens, V vocabulary, N target tokens.
+Letters: B batch, T tokens, V vocabulary, D width, N target tokens.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -63,6 +64,7 @@ from synth import (
     Voice,
     append_record,
     conversation,
+    hash_seed,
     message,
     parse_prompt,
     pseudo_inputs,
@@ -76,7 +78,7 @@ from synth import (
 
 HERE = Path(__file__).resolve().parent
 IGNORE = -100  # a label that carries no loss
-SLICE = (1 << 23, 1 << 27)  # logits that exist at a time on a CPU, on CUDA: 32 MB, 512 MB
+SLICE = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits at a time: 32 MB and 512 MB in float32
 WAVE = 64  # records that are synthesised together; an interrupted wave is begun again
 
 # --------------------------------------------------------------------------------------- losses
@@ -95,14 +97,12 @@ def next_tokens(labels: torch.Tensor) -> torch.Tensor:
 def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum the negative log-likelihood of the labelled tokens.
 
-    logits (B, T, V) of the ids, labels (B, T) those ids or IGNORE; or logits (N, V) only at the
-    places where next_tokens(labels) is a target, as `model(ids, at=...)` gives them. Returns (nats,
-    tokens), not divided: whoever sums over micro-batches divides once. Source: GenPI Eq. 2 and 3.
+    logits (B, T, V) of the ids, labels (B, T) those ids or IGNORE. Returns (nats, tokens), not
+    divided: whoever sums over micro-batches divides once. Source: GenPI Eq. 2 and 3.
     """
     targets = next_tokens(labels)
     at = targets != IGNORE
-    picked = logits[at] if logits.ndim == 3 else logits
-    return F.cross_entropy(picked.float(), targets[at], reduction="sum"), at.sum()
+    return F.cross_entropy(logits[at].float(), targets[at], reduction="sum"), at.sum()
 
 
 def joint_loss(sft, pg, lam: float):
@@ -201,13 +201,14 @@ class SlicedNLL(torch.autograd.Function):
 
         d nll / d logits = softmax - one-hot,       d nll / d x = (softmax - one-hot) W
 
-    as soon as its loss, so the forward pass keeps this (N, D) and nothing of the size of V.
+    as soon as its loss, so the forward pass keeps this (N, D) and nothing of the size of V. The
+    difference is taken in float32: near the end of training both are nearly 1.
     """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, W: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         nats, gradient = torch.zeros((), device=x.device), []
-        rows = max(1, SLICE[x.device.type == "cuda"] // len(W))
+        rows = max(1, SLICE[x.device.type] // len(W))
         for part, target in zip(x.split(rows), targets.split(rows), strict=True):
             logits = F.linear(part, W).float()
             most = logits.amax(-1, keepdim=True)
@@ -216,7 +217,8 @@ class SlicedNLL(torch.autograd.Function):
             mass = exp.sum(-1, keepdim=True)
             nats += (mass.log() - chosen).sum()
             if ctx.needs_input_grad[0]:
-                gradient.append((exp.to(x.dtype) @ W) / mass.to(x.dtype) - W[target])
+                exp.div_(mass)[torch.arange(len(exp), device=x.device), target] -= 1
+                gradient.append(exp.to(x.dtype) @ W)
         ctx.gradient = torch.cat(gradient) if gradient else None
         return nats
 
@@ -232,20 +234,23 @@ def sequence_nll(model: Llama, ids: torch.Tensor, labels: torch.Tensor) -> torch
     return SlicedNLL.apply(model.hidden(ids, at=at), model.lm_head.weight, targets[at])
 
 
-def train_step(model, optimizer, sft, pg, lam, clip, tokens, device) -> tuple[float, float, float]:
+def train_step(
+    model, optimizer, sft, pg, lam, clip, micro_tokens, device
+) -> tuple[float, float, float]:
     """One optimiser step on lists of Sequence -> mean sft and pg loss (nats/token), gradient norm.
 
     The gradients of micro-batches, and of processes that share the batch, add up to that of
-    joint_loss(sum sft / N_sft, sum pg / N_pg).
+    joint_loss(sum sft / N_sft, sum pg / N_pg). Source: GenPI Eq. 4.
     """
     optimizer.zero_grad(set_to_none=True)
     means, parameters = torch.zeros(2, device=device), lora.adapter_parameters(model)
     for term, sequences in enumerate((sft, pg)):
         n_tokens = sum(label != IGNORE for s in sequences for label in s.labels)
-        for ids, labels in micro_batches(own_share(sequences), tokens, device):
-            mean = sequence_nll(model, ids, labels) / n_tokens  # this part of the batch's mean
-            joint_loss(*((mean, 0.0) if term == 0 else (0.0, mean)), lam).backward()
-            means[term] += mean.detach()
+        for ids, labels in micro_batches(own_share(sequences), micro_tokens, device):
+            losses = [0.0, 0.0]  # a micro-batch is part of one of the two means
+            losses[term] = sequence_nll(model, ids, labels) / n_tokens
+            joint_loss(*losses, lam).backward()
+            means[term] += losses[term].detach()
     add_up(parameters, means)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip).item()
     if math.isfinite(norm):
@@ -280,11 +285,15 @@ def affordable_tokens(model: Llama, sequences: list[Sequence], device) -> int:
     torch.cuda.empty_cache()
     longest = max(sequences, key=lambda s: len(s.ids))
     half = Sequence(*(part[: len(part) // 2] for part in (longest.ids, longest.labels)))
+    peak_bytes(model, half, device)  # workspaces and tables that are made once
     (few, low), (many, high) = ((len(s.ids), peak_bytes(model, s, device)) for s in (half, longest))
     a_token = max(1, (high - low) / (many - few))
     fixed = max(0, high - a_token * many)
+    fixed += 12 * sum(p.numel() for p in lora.adapter_parameters(model))  # AdamW's, and add_up's
     free, _ = torch.cuda.mem_get_info(device)
-    return max(len(longest.ids), int((0.8 * free - fixed) / a_token))
+    found = max(len(longest.ids), int((0.8 * free - fixed) / a_token))
+    print(f"--micro-tokens {found}: a token takes {a_token / 2**20:.2f} MiB")
+    return found
 
 
 def peak_bytes(model: Llama, sequence: Sequence, device) -> int:
@@ -302,17 +311,17 @@ def train(model: Llama, sft: list[Sequence], pg: list[Sequence], args, out: Path
 
     An interrupt costs the steps since the last checkpoint: half a step is never saved.
     """
-    device = next(model.parameters()).device
+    device, (rank, _) = next(model.parameters()).device, team()
     parameters = lora.adapter_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     order = sample_order(len(sft), args.epochs, args.seed)
     steps = math.ceil(len(order) / args.batch)
     done = load_checkpoint(out, model, optimizer)
-    if team()[0] == 0:
+    if rank == 0:
         keep_metrics(out / "metrics.jsonl", done)
     model.train()
-    tokens = args.micro_tokens or affordable_tokens(model, sft + pg, device)
-    rank, _ = team()
+    used = (sft if args.lam > 0 else []) + (pg if args.lam < 1 else [])
+    micro_tokens = args.micro_tokens or affordable_tokens(model, used, device)
     progress = tqdm(
         range(done, steps), f"{'training':<18}", total=steps, initial=done, unit="step",
         ncols=100, disable=rank > 0,
@@ -320,10 +329,9 @@ def train(model: Llama, sft: list[Sequence], pg: list[Sequence], args, out: Path
     for step in progress:
         clock, batch = time.perf_counter(), order[step * args.batch : (step + 1) * args.batch]
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args)
-        # dropout: a step's noise is its own, and so is that of a process
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1009 + rank)
+        torch.manual_seed(hash_seed(args.seed, "dropout", step, rank))  # a step's noise is its own
         terms = [sft[i] for i in batch if args.lam > 0], [pg[i] for i in batch if args.lam < 1]
-        losses = train_step(model, optimizer, *terms, args.lam, args.clip, tokens, device)
+        losses = train_step(model, optimizer, *terms, args.lam, args.clip, micro_tokens, device)
         check_finite(losses, step, args, out)
         if rank > 0:  # the first process keeps the books
             continue
@@ -435,11 +443,13 @@ def load_checkpoint(out: Path, model: Llama, optimizer) -> int:
 
 def join_team(device: str) -> None:
     """Meet the other processes if torchrun has started this one; each takes a GPU of its own."""
-    if "RANK" in os.environ and not dist.is_initialized():
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        backend = "gloo"
         if device == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # the others wait while the first one synthesises
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))
+        dist.init_process_group(backend, timeout=timedelta(days=7))
 
 
 def team() -> tuple[int, int]:
@@ -554,6 +564,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.task = args.task or (args.prompt.stem if args.prompt.stem in TASKS else "any")
     args.out = args.out or Path("runs") / args.prompt.stem
+    check_device(args.device)
+    if args.chat:
+        return args  # the run knows the rest
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.environment = args.environment or TASKS[args.task].environment
     args.max_turns = TASKS[args.task].max_turns if args.max_turns is None else args.max_turns
@@ -590,7 +603,10 @@ def check_flags(args) -> None:
                 f"--{name} {getattr(args, name):g} is out of range; it must be positive and finite"
             )
     check_generator(args.generator or "", args.generator_model)
-    if args.device == "cuda" and not torch.cuda.is_available():
+
+
+def check_device(device: str | None) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda, but PyTorch sees no CUDA device; "
             "use --device cpu or install a CUDA build of torch"
@@ -639,17 +655,10 @@ def read_text(path: Path, what: str) -> str:
 
 # ----------------------------------------------------------------------------------- run folder
 
-FREE = {
-    "out",
-    "chat",
-    "concurrency",
-    "timeout",
-    "device",
-    "slots",
-    "micro_tokens",
-    "checkpointing",
+FREE = {  # these change no experiment, or (on a GPU) only its rounding and the dropout noise
+    "out", "chat", "concurrency", "timeout", "device", "slots", "micro_tokens", "checkpointing",
     "save_every",
-}  # change no experiment
+}  # fmt: skip
 
 
 def fingerprint(folder: Path) -> str:
@@ -680,14 +689,17 @@ def read_object(path: Path, keys: tuple[str, ...] = ()) -> dict:
     return found
 
 
-def open_run(args, prompt: Prompt, chat: Chat) -> None:
+def open_run(args, prompt: Prompt, chat: Chat, demos: tuple[str, ...]) -> None:
     """Make the run folder, or check that it was made with the same flags (ValueError if not)."""
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     flags["prompt_sha256"] = hashlib.sha256(prompt.text.encode()).hexdigest()[:16]
     flags["model_sha256"] = fingerprint(find_folder(args.model))
     flags["chat_format"] = chat.format
+    flags["demos_sha256"] = hashlib.sha256("\n".join(demos).encode()).hexdigest()[:16]
+    if args.generator and not args.generator_model:
+        flags["generator_sha256"] = fingerprint(find_folder(args.generator))
     # known by something better than their place: a hash, or the name that a server gives its model
-    named = {"prompt", "model"} | ({"generator"} if args.generator_model else set())
+    named = {"prompt", "model", "demos"} | ({"generator"} if args.generator else set())
     path = args.out / "args.json"
     args.out.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -740,6 +752,8 @@ def make_records(
     have = {r.index for r in read_records(data)}
     for first in range(0, len(inputs), WAVE):
         wave = [Record(i, inputs[i]) for i in range(first, min(first + WAVE, len(inputs)))]
+        if isinstance(generator, Server):  # its answers are paid for, and no batch is like another
+            wave = [r for r in wave if r.index not in have]
         if all(r.index in have for r in wave):
             continue
         for record in synthesise(voice, generator, prompt, task, wave, args.max_turns, args.seed):
@@ -751,9 +765,9 @@ def make_records(
 def split_records(
     records: list[Record], samples: int, held_out: int
 ) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records. The last ones are held out, a third at most."""
+    """Training records and held-out ones, which are the last; a third at most if there are few."""
     n = min(held_out, max(1, len(records) // 3)) if len(records) < samples + held_out else held_out
-    return records[:-n], records[-n:]
+    return records[:-n][:samples], records[-n:]
 
 
 def training_sequences(
@@ -785,7 +799,7 @@ def training_sequences(
 
 
 def check_prompt_fits(chat: Chat, prompt: Prompt, args) -> None:
-    """Raise ValueError if p leaves no room for a turn, or for being written out."""
+    """Raise ValueError if p leaves no room for a turn."""
     tokens = len(chat.encode(prompt.teacher(""), reply=True)[0])
     room = chat.context - args.max_new_tokens
     if room < 1:
@@ -810,8 +824,10 @@ def run(args) -> None:
     if team()[0] == 0:
         synthesise_all(args, prompt, model, chat)
     if dist.is_initialized():
-        dist.barrier()
+        dist.all_reduce(torch.zeros(1))  # a barrier on the CPU, where waiting keeps no GPU busy
     records = read_records(args.out / "data.jsonl")
+    if not records:
+        raise ValueError(f"{args.out}: no records; every process must see this folder")
     if not (args.out / lora.CONFIG).exists():  # the last file that save_adapter writes
         torch.manual_seed(args.seed)  # A of every LoRA layer
         lora.add_lora(model, args.rank, args.alpha, args.dropout)
@@ -826,7 +842,7 @@ def synthesise_all(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     """Everything up to the last record of data.jsonl."""
     demos, voice = read_demos(args), Voice(model, chat, args.max_new_tokens, args.slots)
     generator = open_generator(args, voice)
-    open_run(args, prompt, chat)  # all that can be wrong with the flags is known by now
+    open_run(args, prompt, chat, demos)  # all that can be wrong with the flags is known by now
     announce(args, chat, prompt)
     records = make_records(args, prompt, demos, voice, generator)
     print_quality(quality(records, args.max_turns))
@@ -978,10 +994,12 @@ def guarded(work, *args) -> int:
     return 2
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Also on a CPU, where PyTorch has no error of its own for it."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Also on a CPU, where PyTorch has no error of its own for it, and beneath a failed capture."""
+    if error is None:
+        return False
     known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "DefaultCPUAllocator" in str(error)
+    return known or "DefaultCPUAllocator" in str(error) or is_out_of_memory(error.__context__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1002,7 +1020,10 @@ def start(argv: list[str] | None) -> int:
         dist.destroy_process_group()
     if not first:
         return 0
-    # a process of its own: memory is free, and the report comes from the command that repeats it
+    if args.device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # the model of run() is gone, its memory would stay reserved
+    # a process of its own: the report comes from the command that repeats it
     command = [sys.executable, HERE / "evaluate.py", f"--run={args.out}", "--device", args.device]
     try:
         code = subprocess.run([str(word) for word in command]).returncode

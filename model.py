@@ -185,6 +185,8 @@ class KVCache:
 
 # ----------------------------------------------------------------------------------------- model
 
+PREFILL = 2048  # tokens of a prefix that are read in one pass; bounds its attention scores
+
 
 def rope_frequencies(config: Config) -> Tensor:
     """Radians a position by which each pair of dimensions turns, (hd / 2,).
@@ -399,6 +401,17 @@ class Llama(nn.Module):
             else:
                 x = layer(x, step)
         return self.model.norm(x if at is None else x[at])
+
+
+@torch.no_grad()
+def prefill(model: Llama, ids: list[int]) -> KVCache:
+    """Read ids into a cache of one row, for use as the prefix of others."""
+    embedding = model.model.embed_tokens.weight
+    cache = KVCache(model.config, 1, len(ids), embedding.device, embedding.dtype)
+    for part in torch.tensor([ids], device=embedding.device).split(PREFILL, dim=1):
+        model.hidden(part, cache)
+        cache.advance(part.size(1))
+    return cache
 
 
 # --------------------------------------------------------------------------------------- loading

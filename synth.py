@@ -9,7 +9,8 @@
 The sampler beneath keeps R slots of a KV cache busy (R rows in flight, V vocabulary, P tokens that
 all conversations share): the P tokens, nearly always the long prompt, are computed once and stand
 once in memory; a conversation that has finished gives its slot to the next one waiting. A row's
-randomness is its own, so that what it says does not depend on its neighbours. The generator may
+randomness is its own, so that what it says does not depend on its neighbours (on a GPU up to the
+rounding of a matmul, which changes with the number of rows). The generator may
 also be a Server, any that speaks OpenAI's chat completions.
 
 Leaves out: beam search, repetition penalties, speculative decoding, keeping the cache from turn to
@@ -34,7 +35,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import Chat, KVCache, Llama
+from model import Chat, KVCache, Llama, prefill
 
 ASSISTANT = "You are a helpful assistant."
 END = "[END]"
@@ -44,6 +45,7 @@ LIST_ITEMS = 10  # pseudo inputs asked for in one list
 BURST = {"cpu": 1, "cuda": 16}  # tokens a row between two looks at what the device has written
 STRIDE = 256  # of the keys in sight of a captured step
 PREFILL_TOKENS = 8192  # prompt tokens computed in one forward pass; bounds the activations
+PREFILL_SCORES = 1 << 24  # and what they attend to, tokens x keys; bounds the attention scores
 
 # ------------------------------------------------------------------------------------ templates
 
@@ -361,6 +363,7 @@ def sample(
     batch = Batch(model, prompts, rooms, draws, chat.stops, choose, slots) if prompts else None
     while waiting or (batch and batch.busy()):
         freed = batch.free()
+        # to read a prompt all rows stop, so that is done for a quarter of the slots at a time
         if waiting and (len(freed) * 4 >= batch.slots or not batch.busy()):
             batch.start([waiting.popleft() for _ in freed[: len(waiting)]], freed)
         else:
@@ -419,9 +422,9 @@ class Batch:
         embedding = model.model.embed_tokens.weight
         self.device, self.dtype = embedding.device, embedding.dtype
         self.burst = BURST[self.device.type]
-        self.prefix = self.prefill_prefix(shared_prefix(prompts))
-        P = self.prefix.bound if self.prefix else 0
-        self.own = [ids[P:] for ids in prompts]
+        self.P = shared_prefix(prompts)
+        self.prefix = prefill(model, prompts[0][: self.P]) if self.P else None
+        self.own = [ids[self.P :] for ids in prompts]
         length = max(len(ids) + room for ids, room in zip(self.own, rooms, strict=True))
         self.slots = min(slots or self.affordable(length), len(prompts))
         self.cache = self.new_cache(self.slots, length)
@@ -435,20 +438,10 @@ class Batch:
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.every = torch.arange(self.slots, device=self.device)
         self.graphs: dict[int, Callable] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         return KVCache(self.model.config, batch, length, self.device, self.dtype, self.prefix)
-
-    def prefill_prefix(self, P: int) -> KVCache | None:
-        """Compute the P tokens that all rows share, once."""
-        if P == 0:
-            return None
-        prefix = KVCache(self.model.config, 1, P, self.device, self.dtype)
-        for at in range(0, P, PREFILL_TOKENS):
-            ids = torch.tensor([self.prompts[0][:P][at : at + PREFILL_TOKENS]], device=self.device)
-            self.model.hidden(ids, prefix)
-            prefix.advance(ids.size(1))
-        return prefix
 
     def affordable(self, length: int) -> int:
         """Slots whose keys and values fit half of the free GPU memory; 64 on a CPU."""
@@ -456,7 +449,9 @@ class Batch:
             return 64
         c, size = self.model.config, self.dtype.itemsize
         row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * length * size
-        return max(1, min(256, torch.cuda.mem_get_info(self.device)[0] // 2 // row))
+        reserved = torch.cuda.memory_reserved(self.device)  # by PyTorch, in part for nothing now
+        unused = reserved - torch.cuda.memory_allocated(self.device)
+        return max(1, min(256, (torch.cuda.mem_get_info(self.device)[0] + unused) // 2 // row))
 
     def busy(self) -> list[int]:
         """Slots with a row in flight."""
@@ -467,7 +462,9 @@ class Batch:
 
     def start(self, rows: list[int], slots: list[int]) -> None:
         """Seat new rows, read their own prompts, and take their first tokens."""
-        group = max(1, PREFILL_TOKENS // max(len(self.own[row]) for row in rows))
+        longest = max(len(self.own[row]) for row in rows)
+        scores = longest * (self.P + longest)  # of a row and head
+        group = max(1, min(PREFILL_TOKENS // longest, PREFILL_SCORES // scores))
         for at in range(0, len(rows), group):
             some = rows[at : at + group]
             seats = slots[at : at + len(some)]
@@ -524,7 +521,7 @@ class Batch:
         for _ in range(n):
             self.graphs.get(sight, self.step)()
             if n > 1 and sight not in self.graphs:
-                self.graphs[sight] = capture(self.step, self.device)
+                self.graphs[sight] = capture(self.step, self.pool)
 
     def collect(self) -> list[tuple[int, list[int], bool]]:
         """Rows that have ended: (row, its ids, whether by itself). Their slots are free again.
@@ -554,12 +551,16 @@ class Batch:
             self.every, self.graphs = self.every[: self.slots], {}
 
 
-def capture(step: Callable, device: torch.device) -> Callable:
-    """A step as one CUDA graph, launched at once instead of kernel by kernel."""
-    if device.type != "cuda":
+def capture(step: Callable, pool) -> Callable:
+    """A step as one CUDA graph, launched at once instead of kernel by kernel.
+
+    The graphs of a batch share a pool of memory: what a step allocates does not outlive it. On a
+    CPU, where there is no pool, the step itself.
+    """
+    if pool is None:
         return step
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         step()
     return graph.replay
 
@@ -1021,13 +1022,14 @@ def read_records(path: Path) -> list[Record]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    records, ends_whole = [], not lines[-1]
+    records, seen, ends_whole = [], set(), not lines[-1]
     lines = lines[:-1] if ends_whole else lines
     for number, line in enumerate(lines, 1):
         try:
             record = Record(**json.loads(line))
-            if not record.is_whole() or record.index in {r.index for r in records}:
+            if not record.is_whole() or record.index in seen:
                 raise ValueError(line)
+            seen.add(record.index)
             records.append(record)
         except (ValueError, TypeError):
             if number < len(lines):
@@ -1059,7 +1061,7 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def quality(records: list[Record], voice_limit: int) -> dict:
+def quality(records: list[Record], max_turns: int) -> dict:
     """What GenPI Table 4 reports of the synthesis: mean turns, and shares of the records."""
     n = max(1, len(records))
     flags = ("hit_limit", "no_end_token", "no_final_action", "overlong")
@@ -1068,6 +1070,6 @@ def quality(records: list[Record], voice_limit: int) -> dict:
     return {
         "records": len(records),
         "mean_turns": sum(agent_turns) / n,
-        "max_turns": voice_limit,
+        "max_turns": max_turns,
         **shares,
     }

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import synth
 from model import Config, Llama
@@ -131,10 +132,11 @@ def test_prompts_read_in_pieces_give_the_same_text(model, monkeypatch):
     """A bound on the prompt tokens of a pass changes no text, neither in prefix nor in rows."""
     chat = Letters()
     whole = generate(model, chat, chats(*SHARED), 12)
-    monkeypatch.setattr(synth, "PREFILL_TOKENS", 20)
-    assert generate(model, chat, chats(*SHARED), 12) == whole
-    monkeypatch.setattr(synth, "PREFILL_TOKENS", 7)
-    assert generate(model, chat, chats(*SHARED), 12) == whole
+    for tokens, scores, prefix in ((20, 10**9, 20), (7, 10**9, 7), (8192, 800, 3), (8192, 1, 1)):
+        monkeypatch.setattr(synth, "PREFILL_TOKENS", tokens)
+        monkeypatch.setattr(synth, "PREFILL_SCORES", scores)
+        monkeypatch.setattr("model.PREFILL", prefix)
+        assert generate(model, chat, chats(*SHARED), 12) == whole
 
 
 @pytest.mark.parametrize("slots", SLOTS)
@@ -161,6 +163,48 @@ def test_a_captured_step_is_made_once_a_stride(model, monkeypatch):
     monkeypatch.setattr(synth, "capture", lambda *step: made.append(0) or capture(*step))
     generate(model, Letters(""), chats("x" * 10), 40)  # 50 tokens: strides end at 16, 32, 48, 64
     assert len(made) == 4
+
+
+class Watch(TorchDispatchMode):
+    """Fails at what would make the host wait for a GPU, or cannot be captured."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "item", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(name in str(func) for name in self.FORBIDDEN), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_captured_step_finds_what_it_was_captured_with(model, monkeypatch, temperature):
+    """A step asks the device nothing, and at a replay its tensors lie where they lay before."""
+    batches, replayed = [], []
+    start = synth.Batch.start
+    monkeypatch.setattr(synth.Batch, "start", lambda b, *a: batches.append(b) or start(b, *a))
+
+    def places() -> list[int]:
+        batch = batches[-1]
+        tensors = [getattr(batch, name) for name in (*batch.STATE, "finite", "every", "stops")]
+        tensors += [batch.cache.k, batch.cache.v, batch.cache.lengths, batch.prefix.k]
+        return [batch.cache.bound, *(t.data_ptr() for t in tensors)]
+
+    def capture(step, pool):
+        before = places()
+
+        def replay():
+            replayed.append(0)
+            assert places() == before
+            with Watch():
+                step()
+
+        return replay
+
+    monkeypatch.setattr(synth, "capture", capture)
+    monkeypatch.setitem(synth.BURST, "cpu", 3)
+    monkeypatch.setattr(synth, "STRIDE", 8)
+    for slots in (3, 7):  # slots that are refilled, and slots that are dropped at the end
+        generate(model, Letters(), chats(*SHARED), 12, temperature=temperature, slots=slots)
+    assert len(replayed) > 10 and batches[-1].slots < 7
 
 
 def test_logits_that_are_not_finite_are_refused(model):

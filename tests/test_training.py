@@ -22,6 +22,7 @@ from genpi import (
     sample_order,
     sequence_nll,
     sft_sequence,
+    token_nll,
     train,
     train_step,
 )
@@ -116,7 +117,7 @@ def test_step_has_the_gradient_of_the_joint_loss(lam):
     for name, group in (("sft", sft), ("pg", pg)):
         n_tokens = sum(label != IGNORE for s in group for label in s.labels)
         parts = [
-            sequence_nll(model, torch.tensor([s.ids]), torch.tensor([s.labels])) for s in group
+            token_nll(model(torch.tensor([s.ids])), torch.tensor([s.labels]))[0] for s in group
         ]
         nats[name] = sum(parts) / n_tokens
     ((1 - lam) * nats["pg"] + lam * nats["sft"]).backward()
@@ -281,7 +282,7 @@ def test_memory_does_not_grow_with_vocabulary_times_length(monkeypatch):
     tokens, vocabulary = sum(label != IGNORE for label in sequence.labels), 1792
     ids, labels = torch.tensor([sequence.ids]), torch.tensor([sequence.labels])
     for slice_ in (8 * vocabulary, 64 * vocabulary):
-        monkeypatch.setattr(genpi, "SLICE", (slice_, 0))
+        monkeypatch.setitem(genpi.SLICE, "cpu", slice_)
         with LargestTensor() as largest:
             sequence_nll(model, ids, labels).backward()
         weights = vocabulary * 32  # lm_head and embedding
@@ -295,7 +296,37 @@ def test_the_micro_batch_fills_the_free_memory(monkeypatch):
     monkeypatch.setattr(genpi, "peak_bytes", lambda model, s, device: 1000 + 50 * len(s.ids))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (101_000, 200_000))
+    monkeypatch.setattr(lora, "adapter_parameters", lambda model: [])
     assert genpi.affordable_tokens(None, sequences_, torch.device("cuda")) == 1596
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000, 200_000))
     assert genpi.affordable_tokens(None, sequences_, torch.device("cuda")) == 40  # at least one row
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (101_000, 200_000))
+    monkeypatch.setattr(lora, "adapter_parameters", lambda model: [torch.zeros(50, 50)])
+    assert genpi.affordable_tokens(None, sequences_, torch.device("cuda")) == 996  # AdamW's moments
     assert genpi.affordable_tokens(None, sequences_, torch.device("cpu")) == 2048
+
+
+def test_only_what_is_trained_decides_the_micro_batch(tmp_path, monkeypatch):
+    """With lam 1 the PG sequences are not measured, with lam 0 the SFT sequences are not."""
+    (sft, pg), seen = sequences(2), []
+    note = lambda model, found, device: seen.append(found) or 999  # noqa: E731
+    monkeypatch.setattr(genpi, "affordable_tokens", note)
+    for lam, trained_on in ((1.0, sft), (0.0, pg), (0.7, sft + pg)):
+        seen.clear()
+        out = tmp_path / str(lam)
+        out.mkdir()
+        flags = FLAGS | {"lam": lam, "micro_tokens": None, "epochs": 1}
+        train(small_model(), sft, pg, Namespace(**flags), out)
+        assert seen == [trained_on]
+
+
+@pytest.mark.parametrize(
+    ("there", "samples", "held_out", "expected"),
+    [(10, 6, 4, (6, 4)), (10, 3, 4, (3, 4)), (9, 6, 4, (6, 3)), (2, 6, 4, (1, 1))],
+)
+def test_split_takes_what_is_asked_and_the_last_are_held_out(there, samples, held_out, expected):
+    """Never more than --samples for training; with too few records a third at most is held out."""
+    training, held = genpi.split_records(records(there), samples, held_out)
+    assert (len(training), len(held)) == expected
+    assert [r.index for r in training] == list(range(len(training)))
+    assert [r.index for r in held] == list(range(there))[-len(held) :]

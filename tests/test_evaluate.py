@@ -1,0 +1,137 @@
+"""The measures of the report, by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+from evaluate import (
+    gap_closed,
+    internalised,
+    line_nll,
+    matched_ratio,
+    mean_nll,
+    requests_to_pay,
+    same_action,
+    teacher_sequence,
+    wilson,
+)
+from genpi import IGNORE, Sequence, pg_sequence, token_nll
+from model import Chat, Config, Llama
+from synth import TASKS, Record, parse_prompt
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+CHAT = Chat(TINY, 2048)
+PROMPT = parse_prompt("Say Act: first.\n\nThen act,\n\nand stop.")
+TURNS = ["Act: bash", "The output is 7", "Act: answer(7)"]
+RECORD = Record(0, "Count the files.", TURNS, "Use ls.", "It acts.")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return Llama(Config(1792, 32, 48, 2, 2, 2, 16, 2048)).eval()
+
+
+def test_wilson_is_the_interval_of_the_textbook():
+    """The ends p solve (p - k/n)^2 = z^2 p (1 - p) / n; 47 of 50 is 84 to 98 %."""
+    for k, n in ((47, 50), (0, 50), (50, 50), (1, 3)):
+        row = wilson(k, n)
+        for p in (row["low"], row["high"]):
+            assert (p - k / n) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
+    assert [round(100 * wilson(47, 50)[end]) for end in ("low", "high")] == [84, 98]
+    assert wilson(0, 0)["high"] == 1
+
+
+def test_matched_ratio_counts_tokens_in_order():
+    """Of 1 2 3 4, the reply 1 9 3 4 has three; another order or nothing at all has fewer."""
+    assert matched_ratio([1, 2, 3, 4], [1, 9, 3, 4]) == 3 / 4
+    assert matched_ratio([1, 2, 3, 4], [3, 4, 1, 2]) == 2 / 4
+    assert matched_ratio([1, 2], []) == 0 and matched_ratio([1, 2], [0, 1, 2, 3]) == 1
+
+
+def test_an_action_is_the_same_whatever_the_thought():
+    """Replies agree if their parsed actions do; where the teacher took none, if the texts do."""
+    os_task, any_task = TASKS["os"], TASKS["any"]
+    assert same_action(os_task, "Think: a\n\nAct: answer(7)", "Think: b\n\nAct: answer(7)")
+    assert not same_action(os_task, "Act: answer(8)", "Act: answer(7)")
+    assert same_action(os_task, "Hello.", "Hello.") and not same_action(os_task, "Hi.", "Hello.")
+    assert same_action(any_task, "yes", "yes") and not same_action(any_task, "yes", "no")
+
+
+def test_gap_closed_is_the_share_of_what_the_prompt_brings():
+    """Half way from base 2 to teacher 1 is 0.5; a prompt that brings nothing leaves no gap."""
+    assert gap_closed({"base": 2.0, "teacher": 1.0, "adapter": 1.5}) == 0.5
+    assert gap_closed({"base": 2.0, "teacher": 1.0, "adapter": 2.5}) == -0.5
+    assert gap_closed({"base": 1.0, "teacher": 1.0, "adapter": 0.5}) is None
+    assert gap_closed({"base": 1.0, "teacher": 1.5, "adapter": 0.5}) is None
+
+
+def test_the_report_says_where_there_is_no_answer():
+    """Without a gap or without room for the question the page says so."""
+    page = internalised({"gap_closed": None, "recall": None})
+    assert "does not help" in page and "does not fit the context" in page
+
+
+def test_requests_pay_once_they_saved_what_was_spent():
+    """10 s spent, 0.4 s saved a request: after 25. Nothing saved: never."""
+    slow, fast = {"seconds_per_request": 0.5}, {"seconds_per_request": 0.1}
+    assert requests_to_pay(10, slow, fast) == 25
+    assert requests_to_pay(10, fast, slow) == requests_to_pay(10, fast, fast)
+    assert requests_to_pay(10, fast, slow) == "never: use prefix caching"
+
+
+def nll_by_hand(model, sequence: Sequence) -> list[float]:
+    """-log P of every labelled token, in order."""
+    with torch.no_grad():
+        logp = model(torch.tensor([sequence.ids]))[0].log_softmax(-1)
+    labels = enumerate(sequence.labels)
+    return [-logp[t - 1, label].item() for t, label in labels if label != IGNORE]
+
+
+def test_mean_nll_weighs_every_target_token_alike(model):
+    """The mean over sequences of different lengths is over tokens, in any micro-batch."""
+    sequences = [pg_sequence(CHAT, PROMPT, RECORD), teacher_sequence(CHAT, PROMPT, RECORD)]
+    nats = [nll for s in sequences for nll in nll_by_hand(model, s)]
+    for tokens in (1, 10_000):
+        assert mean_nll(model, sequences, tokens) == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+
+
+def test_the_teacher_reads_the_prompt_and_answers_for_its_turns():
+    """p stands before x in the teacher's sequence; only the agent's turns are targets."""
+    sequence = teacher_sequence(CHAT, PROMPT, RECORD)
+    text = CHAT.tokenizer.decode(sequence.ids, skip_special_tokens=False)
+    assert text.index("Say Act: first.") < text.index("Count the files.")
+    targets = CHAT.decode([label for label in sequence.labels if label != IGNORE])
+    assert targets == "Act: bashAct: answer(7)"
+
+
+def test_lines_make_up_the_loss_of_the_prompt(model):
+    """NLL of a line times its tokens, summed, is that of p's tokens in the PG sequence."""
+    sequence = pg_sequence(CHAT, PROMPT, RECORD)
+    by_token, n = nll_by_hand(model, sequence), len(CHAT.tokens(PROMPT.text))
+    lines = PROMPT.text.splitlines(keepends=True)
+    borders = [len(CHAT.tokens("".join(lines[:i]))) for i in range(len(lines) + 1)]
+    sizes = [b - a for a, b in zip(borders, borders[1:], strict=False)]
+    found = line_nll(model, CHAT, PROMPT, RECORD)
+    assert len(found) == len(lines) == 5
+    assert sum(nll * size for nll, size in zip(found, sizes, strict=True)) == pytest.approx(
+        sum(by_token[:n]), rel=1e-4
+    )
+    nats, tokens = token_nll(model(torch.tensor([sequence.ids])), torch.tensor([sequence.labels]))
+    assert tokens == len(by_token) and nats.item() == pytest.approx(sum(by_token), rel=1e-4)
+
+
+def test_recall_is_the_mean_ratio_and_the_worst_line_comes_first(model, monkeypatch):
+    """A reply that recites p has ratio 1, half of p has half; blank lines are not listed."""
+    whole, half = PROMPT.text, CHAT.decode(CHAT.tokens(PROMPT.text)[:7])
+    said = [f"{whole}\n\nReason: so.", half]
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: said)
+    found = evaluate.recall(model, CHAT, PROMPT, [RECORD, RECORD], None)
+    share = matched_ratio(CHAT.tokens(whole), CHAT.tokens(half))
+    assert found["ratio"] == pytest.approx((1 + share) / 2) and 0 < share < 1
+    nats = [row["nll"] for row in found["lines"]]
+    assert nats == sorted(nats, reverse=True) and len(nats) == 3
+    assert all(math.isfinite(nll) and nll > 0 for nll in nats)
