@@ -13,7 +13,8 @@ switched on and off.
                  Wilson interval
     recall       how much of p the adapter writes down when asked, and the lines it knows worst
     break_even   seconds and bytes of a request for the full prompt, a cached prompt, the adapter,
-                 the merged adapter, and after how many requests the training has paid
+                 the merged adapter, and after how many requests the training has paid; one
+                 request at a time in a plain loop, without the CUDA graph that synthesis uses
 
 Leaves out: a judge model; the measures are those that need nobody's opinion.
 """
@@ -292,7 +293,7 @@ def seconds_spent(folder: Path, records: list[Record]) -> dict:
 
 
 def evaluate_run(folder: Path, device: str | None) -> dict:
-    """Measure everything -> the content of report.json."""
+    """Measure everything -> the content of report.json. Raises ValueError for an unfinished run."""
     clock = time.perf_counter()
     args, prompt, model, chat = load_run(folder, device)
     everything = read_records(folder / "data.jsonl")
@@ -304,7 +305,8 @@ def evaluate_run(folder: Path, device: str | None) -> dict:
         )
     task, seconds = task_of(args), seconds_spent(folder, everything)
     trainable, total = count_parameters(model)
-    bare, tokens = [sft_sequence(chat, r) for r in held_out], args.micro_tokens or 4096
+    bare = [sft_sequence(chat, r) for r in held_out]
+    tokens = args.micro_tokens or 4096  # nothing is kept for a backward pass, so this fits anywhere
     nll = {"adapter": mean_nll(model, bare, tokens)}
     with lora.adapter_off(model):
         nll["base"] = mean_nll(model, bare, tokens)
@@ -389,6 +391,7 @@ def request_line(way: str, row: dict) -> str:
 
 
 def report_run(args) -> None:
+    """Make the report, write it into the run folder and print it."""
     report = evaluate_run(args.run, args.device)
     page = markdown(report, args.run.name)
     try:

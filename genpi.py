@@ -259,7 +259,7 @@ def train_step(
 
 
 def learning_rate(step: int, steps: int, args) -> float:
-    """Linear warm-up, then a cosine to 0."""
+    """Linear warm-up, then a cosine to 0. Source: GenPI §4, SGDR (arXiv 1608.03983) Eq. 5."""
     warm = max(1, round(args.warmup * steps))
     if step < warm:
         return args.lr * (step + 1) / warm
@@ -309,7 +309,8 @@ def peak_bytes(model: Llama, sequence: Sequence, device) -> int:
 def train(model: Llama, sft: list[Sequence], pg: list[Sequence], args, out: Path) -> None:
     """Train the adapter on pairs of sequences, from the checkpoint in `out` if there is one.
 
-    An interrupt costs the steps since the last checkpoint: half a step is never saved.
+    An interrupt costs the steps since the last checkpoint: half a step is never saved. Raises:
+    ValueError for a checkpoint that does not fit, and when a loss is not finite.
     """
     device, (rank, _) = next(model.parameters()).device, team()
     parameters = lora.adapter_parameters(model)
@@ -343,6 +344,7 @@ def train(model: Llama, sft: list[Sequence], pg: list[Sequence], args, out: Path
 
 
 def check_finite(losses, step: int, args, out: Path) -> None:
+    """Raise ValueError, with what to change, if a loss or the gradient is not finite."""
     if not all(map(math.isfinite, losses)):
         raise ValueError(
             f"step {step + 1}: the loss is {losses[0]:.3g} (SFT), {losses[1]:.3g} (PG), "
@@ -414,7 +416,10 @@ def save_checkpoint(out: Path, model: Llama, optimizer, step: int) -> None:
 
 
 def load_checkpoint(out: Path, model: Llama, optimizer) -> int:
-    """Restore adapter and optimiser in place -> the number of steps done, 0 if nothing is saved."""
+    """Restore adapter and optimiser in place -> the number of steps done, 0 if nothing is saved.
+
+    Raises: ValueError if the file is damaged or of another run.
+    """
     path = out / "checkpoint" / "state.safetensors"
     if not path.exists():
         return 0
@@ -732,7 +737,10 @@ def read_demos(args) -> tuple[str, ...]:
 def make_records(
     args, prompt: Prompt, demos: tuple[str, ...], voice: Voice, generator: Voice | Server
 ) -> list[Record]:
-    """Pseudo inputs, then wave after wave of records; what is on disk is not made again."""
+    """Pseudo inputs, then wave after wave of records; what is on disk is not made again.
+
+    Raises: ValueError if there are too few inputs to train on, or a file on disk is damaged.
+    """
     task, path = task_of(args), args.out / "inputs.json"
     state = {"rounds": 0, "fruitless": 0, "seconds": 0.0, "inputs": []}
     if path.exists():
@@ -773,7 +781,10 @@ def split_records(
 def training_sequences(
     chat: Chat, prompt: Prompt, records: list[Record], lam: float
 ) -> tuple[list, list]:
-    """The SFT and PG sequences of every record that fits the context; says how many do not."""
+    """The SFT and PG sequences of every record that fits the context; says how many do not.
+
+    Raises: ValueError if none does.
+    """
     pairs = [
         (sft_sequence(chat, r), pg_sequence(chat, prompt, r))
         for r in records
@@ -963,6 +974,7 @@ def talk(folder: Path, device: str | None) -> None:
 
 
 def say_aloud(model: Llama, chat: Chat, messages: list[dict], limit: int, adapted: bool) -> str:
+    """Print the reply as it is written, and return it."""
     said = ""
     with nullcontext() if adapted else lora.adapter_off(model):
         for piece in stream(model, chat, messages, limit):
@@ -1007,6 +1019,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start(argv: list[str] | None) -> int:
+    """Talk to a run, or make one and report on it -> exit code."""
     args = parse_flags(argv)
     if args.chat:
         return talk(args.chat, args.device)

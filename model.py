@@ -124,7 +124,10 @@ def require_positive(field: str, value) -> None:
 
 
 def rope_parameters(d: dict) -> dict:
-    """rope_theta and rope_scaling of a config.json, as transformers 4 writes them, or 5."""
+    """rope_theta and rope_scaling of a config.json, as transformers 4 writes them, or 5.
+
+    Raises: ValueError for a kind or a number that cannot be.
+    """
     rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"config.json: rope_scaling = {rope}, an object is needed")
@@ -453,7 +456,10 @@ def load_model(
 
 
 def find_folder(path_or_id: str) -> Path:
-    """The folder of a checkpoint; a Hub id is downloaded into Hugging Face's cache first."""
+    """The folder of a checkpoint; a Hub id is downloaded into Hugging Face's cache first.
+
+    Raises: ValueError, with the cure, for what is neither or cannot be downloaded.
+    """
     folder = Path(os.path.expanduser(path_or_id))
     if path_or_id and folder.is_dir():
         return folder
@@ -472,7 +478,7 @@ def find_folder(path_or_id: str) -> Path:
 
 
 def read_json(path: Path, optional: bool = False) -> dict:
-    """Parse a file that holds a JSON object; {} if it is optional and not there."""
+    """Parse a file that holds a JSON object (else ValueError); {} if optional and not there."""
     if not path.is_file():
         if optional:
             return {}
@@ -487,7 +493,7 @@ def read_json(path: Path, optional: bool = False) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, or the only one."""
+    """The safetensors files that the index names, or the only one; ValueError if one is missing."""
     index = read_json(folder / "model.safetensors.index.json", optional=True).get("weight_map", {})
     if not isinstance(index, dict):
         raise ValueError(f"{folder}: weight_map in model.safetensors.index.json is damaged")
@@ -508,7 +514,7 @@ def expected_shapes(model: Llama) -> dict[str, tuple[int, ...]]:
 
 
 def check_weights(files: list[Path], shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
-    """Compare the headers of the files with the shapes, before any tensor is read."""
+    """Raise ValueError where the files' headers differ from the shapes; no tensor is read yet."""
     found, folder = {}, files[0].parent
     for file in files:
         try:
@@ -528,7 +534,10 @@ def check_weights(files: list[Path], shapes: dict[str, tuple[int, ...]], tied: b
 
 
 def set_weight(model: Llama, name: str, weight: Tensor, bits: int) -> None:
-    """Put a frozen weight in its place, as NF4 if bits = 4 and it is a linear layer of a block."""
+    """Put a frozen weight in its place, as NF4 if bits = 4 and it is a linear layer of a block.
+
+    Raises: ValueError if a number of it is not finite.
+    """
     if not weight.isfinite().all():
         raise ValueError(f"{name} is not finite in the checkpoint; download it again")
     path = name.removesuffix(".weight")

@@ -342,7 +342,10 @@ def sample(
     seed=0,
     slots=None,
 ) -> Iterator[tuple[int, list[int], bool]]:
-    """Yield (row, its written ids, whether it stopped by itself) as rows finish; see generate."""
+    """Yield (row, its written ids, whether it stopped by itself) as rows finish; see generate.
+
+    Raises: ValueError as generate does, and when the model's logits are not finite.
+    """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: "
@@ -567,7 +570,7 @@ def capture(step: Callable, pool) -> Callable:
 
 @torch.no_grad()
 def stream(model: Llama, chat: Chat, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
-    """Yield the greedy reply to one conversation piece by piece."""
+    """Yield the greedy reply to one conversation piece by piece. Raises ValueError as generate."""
     ids = chat.encode(messages, reply=True)[0]
     room = min(max_new_tokens, chat.context - len(ids))
     if room < 1:
