@@ -58,6 +58,8 @@ LLAMA3 = Config(  # Llama-3-8B
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
     rms_norm_eps=1e-5, rope_theta=500000.0,
 )  # fmt: skip
+CONFIGS = {"smol": SMOL, "llama3": LLAMA3}
+BF16_PEAK = 990e12  # operations/s of an H200's tensor cores, dense, by its data sheet
 RANK, ALPHA, DROPOUT, LAM = 16, 32, 0.05, 0.7
 LONG = 1400  # tokens of the paper's prompts, with Llama 3's tokenizer
 MATRICES = ((4096, 4096), (14336, 4096), (4096, 14336))
@@ -168,8 +170,21 @@ def step(args) -> dict:
     sft, pg = batch_of(args, args.records, LONG if args.device == "cuda" else 0)
     take(sft, pg)  # the second step finds its memory mapped already
     seconds, losses = timed(args.device, lambda: take(sft, pg))
-    tokens = sum(len(s.ids) for s in sft + pg)
-    return {"tokens_per_second": tokens / seconds, "peak_bytes": peak(args.device), "loss": losses}
+    tokens, rate = sum(len(s.ids) for s in sft + pg), useful_flops(args, sft + pg) / seconds
+    found = {"tokens_per_second": tokens / seconds, "peak_bytes": peak(args.device)}
+    found |= {"loss": losses, "useful_tflops_per_second": rate / 1e12}
+    return found | ({"mfu": rate / BF16_PEAK} if args.device == "cuda" else {})
+
+
+def useful_flops(args, sequences) -> float:
+    """What a step cannot do without: 2 operations forwards and 2 backwards for every frozen weight,
+    of the blocks at each token, of lm_head at each target. Attention and LoRA come on top."""
+    c = CONFIGS[args.config]
+    attention = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+    block = c.hidden_size * (attention + 3 * c.intermediate_size)
+    tokens = sum(len(s.ids) for s in sequences)
+    targets = sum(label != genpi.IGNORE for s in sequences for label in s.labels)
+    return 4 * (tokens * c.num_hidden_layers * block + targets * c.vocab_size * c.hidden_size)
 
 
 class Ids:
@@ -204,7 +219,7 @@ def generation(args) -> dict:
     seconds, rows = timed(args.device, lambda: write(args.new))
     assert [len(row) for row in rows] == [args.new] * args.rows
     rate = args.rows * args.new / seconds
-    return {"tokens_per_second": rate, "peak_bytes": peak(args.device), "first": rows[0][:8]}
+    return {"tokens_per_second": rate, "peak_bytes": peak(args.device)}
 
 
 def nf4(args) -> dict:
@@ -293,7 +308,8 @@ def races(figure: str, cuda: bool) -> list[dict]:
 def worker(settings: dict) -> None:
     args = argparse.Namespace(**{"checkpointing": False} | settings)
     torch.set_num_threads(args.threads)
-    print(json.dumps(globals()[args.work](args)))
+    work = {"step": step, "generation": generation, "nf4": nf4, "cost": cost}[args.work]
+    print(json.dumps(work(args)))
 
 
 def measure(settings: dict) -> dict:
@@ -358,7 +374,7 @@ def main() -> None:
 
 
 def checkpoint_of(settings: dict, scratch: Path) -> Path:
-    config = {"smol": SMOL, "llama3": LLAMA3}[settings["config"]]
+    config = CONFIGS[settings["config"]]
     config = replace(config, vocab_size=settings.get("vocabulary", config.vocab_size))
     folder = scratch / f"{settings['config']}-{config.vocab_size}"
     if not folder.exists():
