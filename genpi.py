@@ -35,6 +35,7 @@ import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -1036,13 +1037,20 @@ def start(argv: list[str] | None) -> int:
     if args.device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()  # the model of run() is gone, its memory would stay reserved
-    # a process of its own: the report comes from the command that repeats it
+    return report_on(args)
+
+
+def report_on(args) -> int:
+    """Start evaluate.py, the very command that repeats the report -> exit code."""
     command = [sys.executable, HERE / "evaluate.py", f"--run={args.out}", "--device", args.device]
-    try:
-        code = subprocess.run([str(word) for word in command]).returncode
-    except KeyboardInterrupt:  # it reaches both processes, and the other one has said so
-        return 130
-    return code if code >= 0 else 2  # negative: ended by a signal, as by the lack of memory
+    # Ctrl-C reaches both processes: this one answers, and run() ends the other, even while it is
+    # still importing
+    done = subprocess.run([str(word) for word in command], preexec_fn=ignore_interrupts)
+    return done.returncode if done.returncode >= 0 else 2  # below 0: ended by a signal
+
+
+def ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

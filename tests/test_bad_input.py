@@ -33,7 +33,7 @@ SECRET = "hf_TheTokenThatNobodyMayRead"
 
 def ending(work) -> SimpleNamespace:
     """Stands for the module subprocess: what it would run is given to work(argv) -> exit code."""
-    return SimpleNamespace(run=lambda argv: SimpleNamespace(returncode=work(argv)))
+    return SimpleNamespace(run=lambda argv, **_: SimpleNamespace(returncode=work(argv)))
 
 
 ENDS_WELL = ending(lambda argv: 0)

@@ -99,7 +99,7 @@ def short(monkeypatch):
 @pytest.fixture
 def run(checkpoint, tmp_path, capsys, monkeypatch):
     """Run genpi.py without its report -> (exit code, stdout, stderr)."""
-    ends_well = SimpleNamespace(run=lambda argv: SimpleNamespace(returncode=0))
+    ends_well = SimpleNamespace(run=lambda *_, **__: SimpleNamespace(returncode=0))
     monkeypatch.setattr(genpi, "subprocess", ends_well)
     (tmp_path / "prompt.txt").write_text("Answer in one word.\n")
 
