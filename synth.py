@@ -10,8 +10,8 @@ The sampler beneath keeps R slots of a KV cache busy (R rows in flight, V vocabu
 all conversations share): the P tokens, nearly always the long prompt, are computed once and stand
 once in memory; a conversation that has finished gives its slot to the next one waiting. A row's
 randomness is its own, so that what it says does not depend on its neighbours (on a GPU up to the
-rounding of a matmul, which changes with the number of rows). The generator may
-also be a Server, any that speaks OpenAI's chat completions.
+rounding of a matmul, which changes with the number of rows). The generator may also be a Server,
+any that speaks OpenAI's chat completions.
 
 Leaves out: beam search, repetition penalties, speculative decoding, keeping the cache from turn to
 turn.
