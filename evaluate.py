@@ -20,7 +20,6 @@ Leaves out: a judge model; the measures are those that need nobody's opinion.
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -32,38 +31,21 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from genpi import (
-    IGNORE,
-    Sequence,
-    build_sequence,
-    guarded,
-    load_run,
-    micro_batches,
-    next_tokens,
-    pg_sequence,
-    prompt_question,
-    read_metrics,
-    read_object,
-    sequence_nll,
-    sft_sequence,
-    split_records,
-    task_of,
-)
-from model import Chat, KVCache, Llama, prefill
-from synth import (
-    Prompt,
-    Record,
-    Task,
-    conversation,
-    generate,
-    quality,
-    read_records,
-    replace_text,
-    student_messages,
-)
+import loss
+import runs
+from chat import Chat
+from checkpoint import find_folder
+from model import KVCache, Llama, load_model, prefill
+from prompt import Prompt, Task, conversation, student_messages
+from runs import Record, Run
+from sampler import Sampling, Voice, say
+from synth import quality
+from train import micro_batches
 
 RECALLED = 4  # held-out records from which the prompt is asked back
-REPEATS, DECODED = 5, 32  # break-even: median of REPEATS requests, DECODED tokens each
+REPEATS = 5  # break-even: the median of so many requests ...
+DECODED = 32  # ... of so many tokens each
+MICRO_TOKENS = 4096  # nothing is kept for a backward pass, so this fits anywhere
 
 # ------------------------------------------------------------------------------------ measures
 
@@ -72,29 +54,37 @@ def wilson(k: int, n: int, z: float = 1.96) -> dict:
     """k of n with the 95 % interval of the share. Source: Wilson 1927."""
     if n == 0:
         return {"k": 0, "n": 0, "low": 0.0, "high": 1.0}
-    p, d = k / n, 1 + z * z / n
-    centre, half = (
-        (p + z * z / (2 * n)) / d,
-        z / d * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)),
-    )
+    p = k / n
+    shrink = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return {"k": k, "n": n, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
 
 
-def teacher_sequence(chat: Chat, prompt: Prompt, record: Record) -> Sequence:
+def teacher_sequence(chat: Chat, prompt: Prompt, record: Record) -> loss.Sequence:
     """The conversation with p in the context; the agent's turns after p are the targets."""
     opening = prompt.teacher(record.pseudo_input)
     messages = conversation(opening, record.turns)
-    return build_sequence(chat, messages, set(range(len(opening), len(messages), 2)))
+    return loss.build_sequence(chat, messages, set(range(len(opening), len(messages), 2)))
 
 
 @torch.no_grad()
-def mean_nll(model: Llama, sequences: list[Sequence], tokens: int) -> float:
+def mean_nll(model: Llama, sequences: list[loss.Sequence], tokens: int = MICRO_TOKENS) -> float:
     """nats/token over all targets."""
     device = next(model.parameters()).device
-    nats = sum(
-        sequence_nll(model, *batch).item() for batch in micro_batches(sequences, tokens, device)
-    )
-    return nats / sum(label != IGNORE for s in sequences for label in s.labels)
+    batches = micro_batches(sequences, tokens, device)
+    nats = sum(loss.sequence_nll(model, ids, labels).item() for ids, labels in batches)
+    return nats / sum(sequence.n_targets for sequence in sequences)
+
+
+def nll_of_three(model: Llama, chat: Chat, prompt: Prompt, records: list[Record]) -> dict:
+    """nats/token of the teacher's turns: base without p, base with p, adapter without p."""
+    bare = [loss.sft_sequence(chat, record) for record in records]
+    adapter = mean_nll(model, bare)
+    with lora.adapter_off(model):
+        base = mean_nll(model, bare)
+        teacher = mean_nll(model, [teacher_sequence(chat, prompt, record) for record in records])
+    return {"base": base, "teacher": teacher, "adapter": adapter}
 
 
 def gap_closed(nll: dict[str, float]) -> float | None:
@@ -104,31 +94,25 @@ def gap_closed(nll: dict[str, float]) -> float | None:
 
 
 def same_action(task: Task, ours: str, teachers: str) -> bool:
-    """Does a reply take the teacher's action? Where the teacher took none, only the same text
-    counts.
-    """
-    action = task.action(teachers)
-    return ours == teachers if action is None else task.action(ours) == action
+    """Does a reply take the teacher's action? Where the teacher took none, the text must be his."""
+    action = task.act(teachers)
+    return ours == teachers if action is None else task.act(ours) == action
 
 
-def agreement(
-    model: Llama, chat: Chat, task: Task, records: list[Record], limit: int, slots: int | None
-) -> dict:
+def agreement(voice: Voice, task: Task, records: list[Record], limit: int) -> dict:
     """k of n first replies that take the teacher's action: without p, the model and the adapter."""
-    asked = [student_messages(r.pseudo_input) for r in records]
-    adapted = generate(model, chat, asked, limit, slots=slots)
-    counts = {
-        "base": [r.student for r in records],
-        "teacher": [r.teacher for r in records],
-        "adapter": adapted,
+    asked = [student_messages(record.pseudo_input) for record in records]
+    replies = {
+        "base": [record.student for record in records],
+        "teacher": [record.teacher for record in records],
+        "adapter": say(voice, asked, Sampling(limit)),
     }
-    return {
-        who: wilson(
-            sum(same_action(task, t, r.teacher) for t, r in zip(texts, records, strict=True)),
-            len(records),
-        )
-        for who, texts in counts.items()
-    }
+    found = {}
+    for who, texts in replies.items():
+        pairs = zip(texts, records, strict=True)
+        same = sum(same_action(task, text, record.teacher) for text, record in pairs)
+        found[who] = wilson(same, len(records))
+    return found
 
 
 def matched_ratio(wanted: list[int], said: list[int]) -> float:
@@ -137,25 +121,19 @@ def matched_ratio(wanted: list[int], said: list[int]) -> float:
     return sum(block.size for block in blocks) / max(1, len(wanted))
 
 
-def recall(model: Llama, chat: Chat, prompt: Prompt, records: list[Record], slots) -> dict:
-    """Ask for p as in training -> matched-token ratio, and each line's NLL (nats/token), worst
-    first.
-    """
+def recall(voice: Voice, prompt: Prompt, records: list[Record]) -> dict:
+    """Ask for p as in training -> matched-token ratio, and each line's nats/token, worst first."""
+    chat = voice.chat
     wanted = chat.tokens(prompt.text)
-    asked = [prompt_question(r.pseudo_input, r.student, r.teacher) for r in records]
-    room = chat.context - max(len(chat.encode(q, reply=True)[0]) for q in asked)
-    said = generate(model, chat, asked, min(room, len(wanted) + 64), slots=slots)
+    asked = [loss.prompt_question(r.pseudo_input, r.student, r.teacher) for r in records]
+    room = chat.context - max(len(chat.encode(question, reply=True)[0]) for question in asked)
+    said = say(voice, asked, Sampling(min(room, len(wanted) + 64)))
     ratios = [matched_ratio(wanted, chat.tokens(text.split("\n\nReason:")[0])) for text in said]
-    rows = [line_nll(model, chat, prompt, r) for r in records]
-    lines = [
-        (line, statistics.mean(column))
-        for line, column in zip(prompt_lines(prompt), zip(*rows, strict=True), strict=True)
-    ]
-    worst = sorted(lines, key=lambda pair: -pair[1])
-    return {
-        "ratio": statistics.mean(ratios),
-        "lines": [{"text": t, "nll": nll} for t, nll in worst if t.strip()],
-    }
+    rows = [line_nll(voice.model, chat, prompt, record) for record in records]
+    means = map(statistics.mean, zip(*rows, strict=True))  # of a line over the records
+    pairs = zip(prompt_lines(prompt), means, strict=True)
+    lines = [{"text": line, "nll": nll} for line, nll in pairs if line.strip()]
+    return {"ratio": statistics.mean(ratios), "lines": sorted(lines, key=lambda row: -row["nll"])}
 
 
 def prompt_lines(prompt: Prompt) -> list[str]:
@@ -165,96 +143,99 @@ def prompt_lines(prompt: Prompt) -> list[str]:
 @torch.no_grad()
 def line_nll(model: Llama, chat: Chat, prompt: Prompt, record: Record) -> list[float]:
     """nats/token of each line of p in one PG sequence."""
-    sequence = pg_sequence(chat, prompt, record)
-    ids = torch.tensor([sequence.ids], device=next(model.parameters()).device)
-    targets = next_tokens(torch.tensor([sequence.labels], device=ids.device))
-    at = targets != IGNORE
-    nats = F.cross_entropy(model(ids, at=at).float(), targets[at], reduction="none").tolist()
-    ends = []  # the token counts of p's first 1, 2, ... lines: the line borders among the targets
+    sequence = loss.pg_sequence(chat, prompt, record)
+    device = next(model.parameters()).device
+    targets = loss.next_tokens(torch.tensor([sequence.labels], device=device))
+    asked = targets != loss.IGNORE
+    logits = model(torch.tensor([sequence.ids], device=device), at=asked).float()
+    nats = F.cross_entropy(logits, targets[asked], reduction="none").tolist()
+    found = []
     text = ""
+    start = 0  # of a line among the targets
     for line in prompt_lines(prompt):
         text += line
-        ends.append(len(chat.tokens(text)))
-    starts = [0, *ends[:-1]]
-    return [sum(nats[a:b]) / max(1, b - a) for a, b in zip(starts, ends, strict=True)]
+        end = len(chat.tokens(text))
+        found.append(sum(nats[start:end]) / max(1, end - start))
+        start = end
+    return found
 
 
 # ---------------------------------------------------------------------------------- break-even
 
 
 @torch.no_grad()
-def time_request(
-    model: Llama, ids: list[int], prefix: KVCache | None = None
-) -> tuple[float, float]:
-    """Seconds to the first token, and seconds a later token, of one greedy request. Medians of
-    REPEATS.
-    """
-    device, dtype = model.model.embed_tokens.weight.device, model.model.embed_tokens.weight.dtype
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def time_request(model: Llama, ids: list[int], prefix: KVCache | None = None) -> dict:
+    """Time one greedy request: seconds to its first token and of a later one, medians."""
+    embedding = model.model.embed_tokens.weight
+    device = embedding.device
     own = torch.tensor([ids], device=device)
     last = torch.zeros_like(own, dtype=torch.bool)
     last[0, -1] = True
-    first, later = [], []
+    first = []
+    later = []
     for _ in range(REPEATS + 1):  # the first request warms up
-        cache = KVCache(model.config, 1, len(ids) + DECODED, device, dtype, prefix)
-        wait()
-        clock = time.perf_counter()
+        cache = KVCache(model.config, 1, len(ids) + DECODED, device, embedding.dtype, prefix)
+        clock = now(device)
         token = model(own, cache, at=last).argmax(-1)
         cache.advance(len(ids))
-        wait()
-        first.append(time.perf_counter() - clock)
-        clock = time.perf_counter()
+        first.append(now(device) - clock)
+        clock = now(device)
         for _ in range(DECODED):
             token = model(token.view(1, 1), cache)[0].argmax(-1)
             cache.advance(1)
-        wait()
-        later.append((time.perf_counter() - clock) / DECODED)
-    return statistics.median(first[1:]), statistics.median(later[1:])
+        later.append((now(device) - clock) / DECODED)
+    return {
+        "first": statistics.median(first[1:]),
+        "later": statistics.median(later[1:]),
+        "tokens": len(ids),
+    }
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the clock once the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def break_even(
     model: Llama, chat: Chat, prompt: Prompt, records: list[Record], spent: float
 ) -> dict:
-    """Measure the four ways to serve a first reply to a typical input. Merges the adapter into the
-    model.
+    """Measure four ways to serve a first reply to a typical input. Merges the adapter.
 
     spent: seconds of synthesis and training. The reply has the mean length of the teacher's turns.
     """
-    x = sorted((r.pseudo_input for r in records), key=len)[len(records) // 2]
+    x = sorted((record.pseudo_input for record in records), key=len)[len(records) // 2]
     full = chat.encode(prompt.teacher(x), reply=True)[0]
     bare = chat.encode(student_messages(x), reply=True)[0]
     other = chat.encode(prompt.teacher("\n"), reply=True)[0]  # parts from any x at x's first token
     shared = next(i for i, (a, b) in enumerate(zip(full, other, strict=False)) if a != b)
-    reply = statistics.mean(len(chat.tokens(t)) + 1 for r in records for t in r.turns[::2])
+    times = {}
     with lora.adapter_off(model):
-        times = {"full_prompt": (time_request(model, full), len(full))}
-        times["prefix_cached"] = (
-            time_request(model, full[shared:], prefill(model, full[:shared])),
-            len(full) - shared,
-        )
-    times["adapter"] = (time_request(model, bare), len(bare))
-    times["merged"] = (time_request(lora.merge(model), bare), len(bare))
-    c, size = model.config, model.model.embed_tokens.weight.dtype.itemsize
-    token_bytes = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
-    rows = {
-        name: {
-            "seconds_to_first_token": first, "tokens_per_second": 1 / later,
-            "kv_bytes": round(token_bytes * (tokens + reply)),
-            "seconds_per_request": first + (reply - 1) * later,
-        }
-        for name, ((first, later), tokens) in times.items()
-    }  # fmt: skip
-    best = min(("adapter", "merged"), key=lambda name: rows[name]["seconds_per_request"])
-    pays = {
-        rival: requests_to_pay(spent, rows[rival], rows[best])
-        for rival in ("full_prompt", "prefix_cached")
-    }
+        times["full_prompt"] = time_request(model, full)
+        prefix = prefill(model, full[:shared])
+        times["prefix_cached"] = time_request(model, full[shared:], prefix)
+    times["adapter"] = time_request(model, bare)
+    times["merged"] = time_request(lora.merge(model), bare)
+    reply = statistics.mean(len(chat.tokens(t)) + 1 for r in records for t in r.turns[::2])
+    rows = {way: request(model, timed, reply) for way, timed in times.items()}
+    best = min(("adapter", "merged"), key=lambda way: rows[way]["seconds_per_request"])
+    rivals = ("full_prompt", "prefix_cached")
+    pays = {rival: requests_to_pay(spent, rows[rival], rows[best]) for rival in rivals}
+    found = {"reply_tokens": reply, "cost_seconds": spent, "served_as": best}
+    return {**found, **rows, "pays_after_requests": pays}
+
+
+def request(model: Llama, timed: dict, reply: float) -> dict:
+    """What one request costs whose reply has so many tokens."""
+    c = model.config
+    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # of a token
+    bytes_ = numbers * model.model.embed_tokens.weight.dtype.itemsize
     return {
-        "reply_tokens": reply,
-        "cost_seconds": spent,
-        "served_as": best,
-        **rows,
-        "pays_after_requests": pays,
+        "seconds_to_first_token": timed["first"],
+        "tokens_per_second": 1 / timed["later"],
+        "kv_bytes": round(bytes_ * (timed["tokens"] + reply)),
+        "seconds_per_request": timed["first"] + (reply - 1) * timed["later"],
     }
 
 
@@ -267,65 +248,65 @@ def requests_to_pay(spent: float, rival: dict, ours: dict) -> int | str:
 # -------------------------------------------------------------------------------------- report
 
 
+def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llama, Chat]:
+    """The base model of a run with the adapter in its folder. loaded: the base, if it is there.
+
+    Raises: ValueError if the base has changed, or the adapter is missing or damaged.
+    """
+    config = run.folder / lora.CONFIG
+    if not config.exists():
+        told = "has no finished adapter; run genpi.py with the same flags to finish it"
+        raise ValueError(f"{run.folder}: {told}")
+    if runs.fingerprint(find_folder(run.model)) != run.model_sha256:
+        told = f"{run.model} has changed since {run.folder} was made; run genpi.py anew"
+        raise ValueError(told)
+    model, chat = loaded or load_model(run.model, run.device, bits=run.bits)
+    try:
+        lora.load_adapter(model, run.folder, base_model=run.model)
+    except ValueError as error:
+        cure = f"delete {config}, and genpi.py goes on from its checkpoint"
+        raise ValueError(f"{error}; {cure}") from None
+    return model.eval(), chat
+
+
+def measure(run: Run, loaded: tuple[Llama, Chat] | None = None) -> dict:
+    """Measure everything -> the content of report.json. Raises ValueError for an unfinished run."""
+    clock = time.perf_counter()
+    model, chat = open_model(run, loaded)
+    records, seconds = runs.load_records(run)
+    training, held_out = runs.split_records(records, run.samples, run.held_out)
+    held_out = [record for record in held_out if record.turns and not record.overlong]
+    if not held_out:
+        told = "no held-out record fits the context; make more with --held-out"
+        raise ValueError(f"{run.folder}: {told}")
+    prompt = run.prompt
+    voice = Voice(model, chat, run.slots)
+    trainable, total = count_parameters(model)
+    nll = nll_of_three(model, chat, prompt, held_out)
+    agree = agreement(voice, run.task, held_out, run.max_new_tokens)
+    asked = [r for r in held_out if len(loss.pg_sequence(chat, prompt, r).ids) <= chat.context]
+    recited = recall(voice, prompt, asked[:RECALLED]) if asked else None
+    spent = seconds["synth"] + seconds["train"]
+    paid = break_even(model, chat, prompt, held_out, spent)  # last: it merges the adapter
+    return {
+        "model": run.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": run.lam,
+        "trainable_params": trainable, "total_params": total,
+        "samples": len(training), "held_out": len(held_out),
+        "nll": nll, "gap_closed": gap_closed(nll),
+        "agreement": agree, "recall": recited, "break_even": paid,
+        "synthesis": quality(records, run.task.max_turns),
+        "seconds": {**seconds, "evaluate": time.perf_counter() - clock},
+    }  # fmt: skip
+
+
 def count_parameters(model: Llama) -> tuple[int, int]:
     """(trainable, total) parameters; an NF4 weight counts as the numbers it stands for."""
     trainable = sum(p.numel() for p in lora.adapter_parameters(model))
     layers = lora.lora_layers(model).values()
     linear = sum(layer.in_features * layer.out_features for layer in layers)
     inside = {id(p) for layer in layers for p in layer.parameters()}
-    return trainable, trainable + linear + sum(
-        p.numel() for p in model.parameters() if id(p) not in inside
-    )
-
-
-def seconds_spent(folder: Path, records: list[Record]) -> dict:
-    """Seconds of synthesis and of training; what an interruption lost is not counted."""
-    inputs = read_object(folder / "inputs.json", ("seconds", "inputs"))
-    if len(records) < len(inputs["inputs"]):
-        raise ValueError(
-            f"{folder}: {len(records)} of {len(inputs['inputs'])} records are there; "
-            "genpi.py with the same flags makes the others"
-        )
-    return {
-        "synth": inputs["seconds"] + sum(r.seconds for r in records),
-        "train": sum(row["seconds"] for row in read_metrics(folder / "metrics.jsonl")),
-    }
-
-
-def evaluate_run(folder: Path, device: str | None) -> dict:
-    """Measure everything -> the content of report.json. Raises ValueError for an unfinished run."""
-    clock = time.perf_counter()
-    args, prompt, model, chat = load_run(folder, device)
-    everything = read_records(folder / "data.jsonl")
-    training, held_out = split_records(everything, args.samples, args.held_out)
-    held_out = [r for r in held_out if r.turns and not r.overlong]
-    if not held_out:
-        raise ValueError(
-            f"{folder}: no held-out record fits the context; make more with --held-out"
-        )
-    task, seconds = task_of(args), seconds_spent(folder, everything)
-    trainable, total = count_parameters(model)
-    bare = [sft_sequence(chat, r) for r in held_out]
-    tokens = args.micro_tokens or 4096  # nothing is kept for a backward pass, so this fits anywhere
-    nll = {"adapter": mean_nll(model, bare, tokens)}
-    with lora.adapter_off(model):
-        nll["base"] = mean_nll(model, bare, tokens)
-        prompted = [teacher_sequence(chat, prompt, r) for r in held_out]
-        nll["teacher"] = mean_nll(model, prompted, tokens)
-    agree = agreement(model, chat, task, held_out, args.max_new_tokens, args.slots)
-    asked = [r for r in held_out if len(pg_sequence(chat, prompt, r).ids) <= chat.context]
-    recited = recall(model, chat, prompt, asked[:RECALLED], args.slots) if asked else None
-    spent = seconds["synth"] + seconds["train"]
-    paid = break_even(model, chat, prompt, held_out, spent)  # last: it merges the adapter
-    return {
-        "model": args.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": args.lam,
-        "trainable_params": trainable, "total_params": total,
-        "samples": len(training), "held_out": len(held_out),
-        "nll": nll, "gap_closed": gap_closed(nll),
-        "agreement": agree, "recall": recited, "break_even": paid,
-        "synthesis": quality(everything, args.max_turns),
-        "seconds": {**seconds, "evaluate": time.perf_counter() - clock},
-    }  # fmt: skip
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    return trainable, trainable + linear + rest
 
 
 def markdown(report: dict, name: str) -> str:
@@ -390,16 +371,18 @@ def request_line(way: str, row: dict) -> str:
     return f"| {way.replace('_', ' ')} | {cells} | {whole:.0f} ms |"
 
 
-def report_run(args) -> None:
-    """Make the report, write it into the run folder and print it."""
-    report = evaluate_run(args.run, args.device)
-    page = markdown(report, args.run.name)
+def report(
+    folder: Path, loaded: tuple[Llama, Chat] | None = None, device: str | None = None
+) -> None:
+    """Make the report of a finished run, write it into its folder and print it."""
+    run = runs.load_run(folder, device)
+    found = measure(run, loaded)
+    page = markdown(found, folder.name)
     try:
-        whole = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        replace_text(args.run / "report.json", whole)
-        replace_text(args.run / "report.md", page)
+        runs.write_json(folder / "report.json", found)
+        runs.write_text(folder / "report.md", page)
     except OSError as error:
-        raise ValueError(f"{args.run}: {error}; free some space and run it again") from None
+        raise ValueError(f"{folder}: {error}; free some space and run it again") from None
     print(f"\n{page}")
 
 
@@ -407,7 +390,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Report on a finished run.")
     parser.add_argument("--run", type=Path, required=True, help="run folder of genpi.py")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the run's own")
-    return guarded(report_run, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    return runs.exit_code(report, args.run, None, args.device)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ Letters: N outputs, K inputs, R rank.
 import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,10 +35,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant import NF4Linear, dequantize_nf4
+from runs import read_json, replacing, write_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's wrappers around the model, part of every name in the file
+COMPARED = {"r": int, "lora_alpha": int | float, "target_modules": list}  # by load_adapter
+FIXED = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
 UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
                "modules_to_save", "lora_bias")  # fmt: skip
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
@@ -51,8 +54,12 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear | NF4Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
-        self.base, self.rank, self.alpha, self.dropout = base, rank, alpha, dropout
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base = base
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.in_features = base.in_features
+        self.out_features = base.out_features
         self.enabled = True
         device = next(iter(base.state_dict().values())).device
         # float32 on any base: steps of 1e-4 are lost in the 8 significant bits of a bfloat16
@@ -60,21 +67,29 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)  # U(-1/sqrt K, 1/sqrt K), as in PEFT
 
+    def by_definition(self, x: Tensor) -> Tensor:
+        """y = W x + alpha / R * B A dropout(x)."""
+        kept = F.dropout(x, self.dropout, self.training)
+        low = F.linear(kept, self.lora_A.to(x.dtype))  # (..., R)
+        return self.base(x) + self.alpha / self.rank * F.linear(low, self.lora_B.to(x.dtype))
+
     def forward(self, x: Tensor) -> Tensor:
+        """Same as by_definition, without a second tensor of y's size; W x alone if not enabled."""
         if not self.enabled:
             return self.base(x)
-        rows, scale = x.reshape(-1, self.in_features), self.alpha / self.rank
+        rows = x.reshape(-1, self.in_features)
         kept, share = drop(rows, self.dropout) if self.training else (rows, 1.0)
-        low = F.linear(kept, self.lora_A.to(x.dtype)) * (scale / share)  # (rows, R)
-        y = self.base(rows).addmm_(low, self.lora_B.T.to(x.dtype))  # no second tensor of y's size
+        scale = self.alpha / self.rank / share
+        low = F.linear(kept, self.lora_A.to(x.dtype)) * scale  # (rows, R)
+        y = self.base(rows).addmm_(low, self.lora_B.T.to(x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
 
 def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Set each number of x to 0 with probability p -> x, and the factor that its mean has lost.
 
-    On a CPU F.dropout draws number by number, which takes as long as a matmul with 576 x 576
-    weights. Here the distances between the zeros are drawn, by the inverse of the geometric
+    Same as F.dropout, without a draw for each number, which on a CPU takes as long as a matmul with
+    576 x 576 weights. The distances between the zeros are drawn, by the inverse of the geometric
     distribution: at p = 0.05 that is one draw for 20 numbers.
     """
     if x.device.type != "cpu" or p == 0:
@@ -83,8 +98,7 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, float]:
     enough = int(n * p + 10 * (n * p * (1 - p)) ** 0.5 + 20)  # zeros, by ten standard deviations
     distance = torch.rand(enough).neg_().log1p_().div_(math.log1p(-p)).long() + 1
     place = distance.cumsum(0) - 1
-    place = place[: int((place < n).sum())]
-    return x.flatten().index_fill(0, place, 0).view(x.shape), 1 - p
+    return x.flatten().index_fill(0, place[place < n], 0).view(x.shape), 1 - p
 
 
 def add_lora(
@@ -94,25 +108,28 @@ def add_lora(
 
     A is drawn from torch's global random state. Raises: ValueError for values that cannot work.
     """
-    layers = _target_layers(model, targets)
-    if not layers or lora_layers(model):
-        what = "has LoRA layers already" if layers else f"has no linear layer named {targets}"
-        raise ValueError(f"the model {what}: pass a LLaMA-like model as load_model returns it")
-    check_rank(model, rank, targets)
+    if lora_layers(model):
+        raise ValueError("the model has LoRA layers already: take one as load_model returns it")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout} is outside [0, 1): the paper's code takes 0.05")
+    check_rank(model, rank, targets)
     model.requires_grad_(False)
-    for name, layer in layers.items():
+    for name, layer in _target_layers(model, targets).items():
         model.set_submodule(name, LoRALinear(layer, rank, alpha, dropout).train(layer.training))
     return model
 
 
-def check_rank(model: nn.Module, rank: int, targets=TARGETS) -> None:
-    """Raise ValueError if a target layer is too small for the rank."""
-    layers = _target_layers(model, targets).items()
-    side, name = min((min(m.in_features, m.out_features), name) for name, m in layers)
-    if not 1 <= rank <= side:
-        raise ValueError(f"rank {rank} is outside 1..{side}, the smaller side of {name}: lower it")
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Make the model its own base inside a `with` block; afterwards each layer is as it was."""
+    layers = [layer for layer in lora_layers(model).values() if layer.enabled]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -125,28 +142,26 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(_adapter(model).values())
 
 
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Make the model its own base inside a `with` block; afterwards each layer is as it was."""
-    before = [(layer, layer.enabled) for layer in lora_layers(model).values()]
-    try:
-        for layer, _ in before:
-            layer.enabled = False
-        yield
-    finally:
-        for layer, enabled in before:
-            layer.enabled = enabled
+def _adapter(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every A and B by its name in the file."""
+    named = model.named_parameters()
+    return {f"{PREFIX}{n}.weight": p for n, p in named if n.endswith(("lora_A", "lora_B"))}
 
 
 def _target_layers(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Module]:
-    linear, named = (nn.Linear, NF4Linear, LoRALinear), model.named_modules()
-    return {n: m for n, m in named if n.rpartition(".")[2] in targets and isinstance(m, linear)}
+    linear = (nn.Linear, NF4Linear, LoRALinear)
+    named = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in targets}
+    return {n: m for n, m in named.items() if isinstance(m, linear)}
 
 
-def _adapter(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every A and B by its name in the file."""
-    ends, named = ("lora_A", "lora_B"), model.named_parameters()
-    return {f"{PREFIX}{n}.weight": p for n, p in named if n.rpartition(".")[2] in ends}
+def check_rank(model: nn.Module, rank: int, targets=TARGETS) -> None:
+    """Raise ValueError if no layer is a target, or one is too small for the rank."""
+    layers = _target_layers(model, targets).items()
+    if not layers:
+        raise ValueError(f"the model has no linear layer named {targets}: pass a LLaMA-like model")
+    side, name = min((min(m.in_features, m.out_features), name) for name, m in layers)
+    if not 1 <= rank <= side:
+        raise ValueError(f"rank {rank} is outside 1..{side}, the smaller side of {name}: lower it")
 
 
 # ------------------------------------------------------------------------------------------- merge
@@ -163,25 +178,33 @@ def merge(
     Raises: ValueError, before the model is changed, when source is no checkpoint or is folder.
     """
     config = _source_config(folder, source) if folder is not None else None
-    for name, layer in lora_layers(model).items():
-        plain = _plain(layer.base)
-        delta = layer.alpha / layer.rank * layer.lora_B @ layer.lora_A  # (N, K)
-        plain.weight.copy_(plain.weight.float() + delta)  # added in float32, rounded once
-        model.set_submodule(name, plain)
-    for name, layer in list(model.named_modules()):
+    for name, layer in reversed(list(model.named_modules())):  # a layer's base before the layer
         if isinstance(layer, NF4Linear):
-            model.set_submodule(name, _plain(layer))
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(dequantize_nf4(layer.nf4), requires_grad=False)
+            model.set_submodule(name, plain)
+        elif isinstance(layer, LoRALinear):
+            weight = layer.base.weight
+            delta = layer.alpha / layer.rank * layer.lora_B @ layer.lora_A  # (N, K)
+            weight.copy_(weight.float() + delta)  # added in float32, rounded once
+            model.set_submodule(name, layer.base)
     if folder is not None:
         _save_checkpoint(model, Path(folder), Path(source), config)
     return model
 
 
-def _plain(layer: nn.Linear | NF4Linear) -> nn.Linear:
-    if isinstance(layer, nn.Linear):
-        return layer
-    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(dequantize_nf4(layer.nf4), requires_grad=False)
-    return plain
+def _save_checkpoint(model: nn.Module, folder: Path, source: Path, config: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    # A shared parameter is listed once, so a tied lm_head is left out, as its format asks for.
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copy(source / name, folder)
+    with replacing(folder / "model.safetensors") as beside:
+        save_file(weights, beside, {"format": "pt"})
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtypes = dict.fromkeys(config.keys() & {"torch_dtype", "dtype"}, dtype)
+    write_json(folder / "config.json", config | dtypes)
 
 
 def _source_config(folder: str | Path, source: str | Path | None) -> dict:
@@ -189,20 +212,7 @@ def _source_config(folder: str | Path, source: str | Path | None) -> dict:
         raise ValueError(f"source {source} has no config.json: give the base checkpoint's folder")
     if Path(folder).resolve() == Path(source).resolve():
         raise ValueError(f"folder {folder} is the base checkpoint itself: choose another folder")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _save_checkpoint(model: nn.Module, folder: Path, source: Path, config: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    # A shared parameter is listed once, so a tied lm_head is left out, as its format asks for.
-    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    config |= {key: dtype for key in ("torch_dtype", "dtype") if key in config}
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copy(source / name, folder)
-    _write(folder / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
-    _write_json(folder / "config.json", config)
+    return read_json(file, "give the base checkpoint's folder")
 
 
 # ------------------------------------------------------------------------------------ save and load
@@ -219,21 +229,33 @@ def save_adapter(
     weights = {key: p.detach().float().cpu().contiguous() for key, p in _adapter(model).items()}
     if not weights:
         raise ValueError("the model has no LoRA layers to save: call add_lora first")
-    layers, folder = lora_layers(model), Path(folder)
-    config = _settings(layers) | {
-        "lora_dropout": next(iter(layers.values())).dropout,
-        "base_model_name_or_path": base_model,
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "bias": "none",
-        "inference_mode": True,
-    }
+    config = _settings(model) | {"base_model_name_or_path": base_model} | FIXED
     name = name or _content_name(config, weights)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"name": name}  # one entry: several would be written in random order
-    _write(folder / WEIGHTS, lambda path: save_file(weights, path, metadata))
-    _write_json(folder / CONFIG, config)
+    with replacing(folder / WEIGHTS) as beside:
+        save_file(weights, beside, {"name": name})  # of several entries the order would be random
+    write_json(folder / CONFIG, config)
     return name
+
+
+def _settings(model: nn.Module) -> dict:
+    """What decides an adapter's effect in training beside its weights, named as in the file."""
+    layers = lora_layers(model)
+    first = next(iter(layers.values()))
+    return {
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "lora_dropout": first.dropout,
+    }
+
+
+def _content_name(config: dict, weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for key in sorted(weights):
+        digest.update(key.encode() + weights[key].numpy().tobytes())
+    return f"genpi-{digest.hexdigest()[:12]}"
 
 
 def load_adapter(model: nn.Module, folder: str | Path, base_model: str | None = None) -> str:
@@ -243,7 +265,7 @@ def load_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
     an adapter of another base model (if one is given), rank, alpha, target or shape.
     """
     config, weights, name = _read(Path(folder))
-    if misfits := list(_misfits(model, config, weights, base_model)):
+    if misfits := _misfits(model, config, weights, base_model):
         raise ValueError(f"the adapter in {folder} does not fit: {'; '.join(misfits)}")
     if not lora_layers(model):
         dropout = config.get("lora_dropout", 0.0)
@@ -257,63 +279,34 @@ def load_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor], str]:
     """Read a folder -> config, weights by their names in the file, name of the adapter."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG, "an adapter needs it")
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}
             name = (file.metadata() or {}).get("name", folder.name)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"no whole adapter in {folder} ({reason}): save it again") from None
-    needs = {"r": int, "lora_alpha": int | float, "target_modules": list}
-    if not all(key in config and isinstance(config[key], kind) for key, kind in needs.items()):
-        raise ValueError(f"{folder / CONFIG} must hold {', '.join(needs)}: is it a LoRA adapter?")
+    if not all(isinstance(config.get(key), kind) for key, kind in COMPARED.items()):
+        raise ValueError(f"{folder / CONFIG} must hold {', '.join(COMPARED)}: is it LoRA's?")
     return config | {"target_modules": sorted(config["target_modules"])}, weights, name
 
 
 def _misfits(
     model: nn.Module, config: dict, weights: dict[str, Tensor], base_model: str | None
-) -> Iterator[str]:
+) -> list[str]:
     """Say in words where adapter and model differ; nothing when they fit."""
-    yield from (f"{key} is not supported" for key in UNSUPPORTED if config.get(key))
+    told = [f"{key} is not supported" for key in UNSUPPORTED if config.get(key)]
     base = config.get("base_model_name_or_path")
-    if base and base_model and os.path.realpath(base) != os.path.realpath(base_model):
-        yield f"it belongs to {base}, the base model is {base_model}"
-    if layers := lora_layers(model):
-        ours = _settings(layers)
-        differing = (key for key in ours if config[key] != ours[key])
-        yield from (f"{key} is {config[key]}, in the model it is {ours[key]}" for key in differing)
-    found = {key: tuple(weight.shape) for key, weight in weights.items()}
-    wanted = _wanted_shapes(layers or _target_layers(model, config["target_modules"]), config["r"])
-    for key in [key for key in found | wanted if found.get(key) != wanted.get(key)][:1]:
-        yield f"{key} is {found.get(key)} in the file, {wanted.get(key)} in the model"
-
-
-def _settings(layers: dict[str, LoRALinear]) -> dict:
-    """What decides an adapter's effect beside its weights, named as in the file."""
-    first, targets = next(iter(layers.values())), {name.rpartition(".")[2] for name in layers}
-    return {"r": first.rank, "lora_alpha": first.alpha, "target_modules": sorted(targets)}
-
-
-def _wanted_shapes(layers: dict[str, nn.Module], rank: int) -> dict[str, tuple[int, int]]:
-    a = {f"{PREFIX}{name}.lora_A.weight": (rank, m.in_features) for name, m in layers.items()}
-    b = {f"{PREFIX}{name}.lora_B.weight": (m.out_features, rank) for name, m in layers.items()}
-    return a | b
-
-
-def _content_name(config: dict, weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for key in sorted(weights):
-        digest.update(key.encode() + weights[key].numpy().tobytes())
-    return f"genpi-{digest.hexdigest()[:12]}"
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside, then rename: an interrupted run leaves no half file under the real name."""
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    os.replace(beside, path)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    _write(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    if base and base_model and Path(base).resolve() != Path(base_model).resolve():
+        told.append(f"it belongs to {base}, the base model is {base_model}")
+    ours = _settings(model) if lora_layers(model) else config  # a bare model takes any settings
+    in_file = {key: config[key] for key in COMPARED}
+    in_model = {key: ours[key] for key in COMPARED}
+    in_file |= {key: tuple(weight.shape) for key, weight in weights.items()}
+    for name, layer in _target_layers(model, ours["target_modules"]).items():
+        in_model[f"{PREFIX}{name}.lora_A.weight"] = (ours["r"], layer.in_features)
+        in_model[f"{PREFIX}{name}.lora_B.weight"] = (layer.out_features, ours["r"])
+    differing = [key for key in in_file | in_model if in_file.get(key) != in_model.get(key)]
+    for key in differing[:3]:  # of hundreds, if the rank is another
+        told.append(f"{key} is {in_file.get(key)} in the file, {in_model.get(key)} in the model")
+    return told

@@ -42,11 +42,15 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import genpi  # noqa: E402
 import lora  # noqa: E402
 import quant  # noqa: E402
-import synth  # noqa: E402
-from model import Chat, Config, Llama, load_model  # noqa: E402
+from chat import Chat  # noqa: E402
+from loss import pg_sequence, sft_sequence  # noqa: E402
+from model import Config, Llama, load_model  # noqa: E402
+from prompt import Prompt  # noqa: E402
+from runs import read_records  # noqa: E402
+from sampler import Sampling, Voice, say  # noqa: E402
+from train import Recipe, micro_batches, train_step  # noqa: E402
 
 SMOL = Config(  # SmolLM2-135M
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -131,19 +135,19 @@ def batch_of(args, records: int, long: int = 0, times: int = 1):
     text = "\n\n".join([text] * (times if not long else -(-long // len(chat.tokens(text)))))
     if long:
         text = chat.decode(chat.tokens(text)[:long])
-    rows = synth.read_records(ROOT / "tests" / "fixtures" / "records.jsonl")[:records]
-    sft = [genpi.sft_sequence(chat, r) for r in rows]
-    return sft, [genpi.pg_sequence(chat, synth.Prompt(text), r) for r in rows]
+    rows = read_records(ROOT / "tests" / "fixtures" / "records.jsonl")[:records]
+    sft = [sft_sequence(chat, r) for r in rows]
+    return sft, [pg_sequence(chat, Prompt(text), r) for r in rows]
 
 
 def peers_step(model, optimizer, sft, pg, tokens: int, device: str) -> tuple[float, float]:
-    """genpi.train_step in the peer's terms -> mean sft and pg loss."""
+    """train_step in the peer's terms -> mean sft and pg loss."""
     optimizer.zero_grad(set_to_none=True)
     means, parameters = [0.0, 0.0], [p for p in model.parameters() if p.requires_grad]
     for term, sequences in enumerate((sft, pg)):
-        n_tokens = sum(label != genpi.IGNORE for s in sequences for label in s.labels)
+        n_tokens = sum(s.n_targets for s in sequences)
         lengths = sorted((len(s.ids) for s in sequences), reverse=True)
-        for ids, labels in genpi.micro_batches(sequences, tokens, device):
+        for ids, labels in micro_batches(sequences, tokens, device):
             own = torch.tensor([lengths.pop(0) for _ in ids], device=device)
             mask = (torch.arange(ids.size(1), device=device) < own[:, None]).long()
             batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -164,8 +168,7 @@ def step(args) -> dict:
     def take(sft, pg):
         if args.who == "peer":
             return peers_step(model, optimizer, sft, pg, args.micro_tokens, args.device)
-        rest = LAM, 1.0, args.micro_tokens, args.device
-        return genpi.train_step(model, optimizer, sft, pg, *rest)[:2]
+        return train_step(model, optimizer, sft, pg, recipe_of(args))[:2]
 
     sft, pg = batch_of(args, args.records, LONG if args.device == "cuda" else 0)
     take(sft, pg)  # the second step finds its memory mapped already
@@ -176,6 +179,10 @@ def step(args) -> dict:
     return found | ({"mfu": rate / BF16_PEAK} if args.device == "cuda" else {})
 
 
+def recipe_of(args) -> Recipe:
+    return Recipe(lam=LAM, clip=1.0, micro_tokens=args.micro_tokens)
+
+
 def useful_flops(args, sequences) -> float:
     """What a step cannot do without: 2 operations forwards and 2 backwards for every frozen weight,
     of the blocks at each token, of lm_head at each target. Attention and LoRA come on top."""
@@ -183,7 +190,7 @@ def useful_flops(args, sequences) -> float:
     attention = 2 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
     block = c.hidden_size * (attention + 3 * c.intermediate_size)
     tokens = sum(len(s.ids) for s in sequences)
-    targets = sum(label != genpi.IGNORE for s in sequences for label in s.labels)
+    targets = sum(s.n_targets for s in sequences)
     return 4 * (tokens * c.num_hidden_layers * block + targets * c.vocab_size * c.hidden_size)
 
 
@@ -194,6 +201,9 @@ class Ids:
 
     def encode(self, ids, reply):
         return ids, None
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
 
 
 def generation(args) -> dict:
@@ -206,8 +216,8 @@ def generation(args) -> dict:
 
     def write(new: int):
         if args.who == "ours":
-            found = synth.sample(model, Ids(), ids.tolist(), new, slots=args.rows)
-            return [row for _, row, _ in sorted(found)]
+            texts = say(Voice(model, Ids(), args.rows), ids.tolist(), Sampling(new))
+            return [text.split() for text in texts]
         batch, fixed = ids.to(args.device), {"min_new_tokens": new, "max_new_tokens": new}
         options = fixed | {"do_sample": False, "pad_token_id": 0}
         with torch.no_grad():
@@ -256,9 +266,9 @@ def cost(args) -> dict:
     model = load_ours(args, adapter=True)
     optimizer = torch.optim.AdamW(lora.adapter_parameters(model), lr=1e-4)
     sft, pg = batch_of(args, args.records, times=args.times)
-    rest = LAM, 1.0, args.micro_tokens, args.device
-    genpi.train_step(model, optimizer, sft[:1], [], *rest)
-    seconds, _ = timed(args.device, lambda: genpi.train_step(model, optimizer, sft, pg, *rest))
+    recipe = recipe_of(args)
+    train_step(model, optimizer, sft[:1], [], recipe)
+    seconds, _ = timed(args.device, lambda: train_step(model, optimizer, sft, pg, recipe))
     tokens = sum(len(s.ids) for s in sft + pg)
     return {"seconds": seconds, "tokens": tokens, "peak_bytes": peak(args.device)}
 

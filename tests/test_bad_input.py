@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -22,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import genpi
-import model
+import runs
 import synth
+import train
 
 FLAGS = "--samples 3 --held-out 1 --epochs 2 --batch 2 --max-new-tokens 8 --rank 2 --save-every 1"
 INPUTS = ["Count to 3.", "Name a tree.", "Spell cat.", "Say no."]
@@ -31,12 +31,8 @@ CONTEXT = 1024  # of the random checkpoint, which reads a byte a token
 SECRET = "hf_TheTokenThatNobodyMayRead"
 
 
-def ending(work) -> SimpleNamespace:
-    """Stands for the module subprocess: what it would run is given to work(argv) -> exit code."""
-    return SimpleNamespace(run=lambda argv, **_: SimpleNamespace(returncode=work(argv)))
-
-
-ENDS_WELL = ending(lambda argv: 0)
+def no_report(folder, loaded) -> None:
+    """Stands for evaluate.report, which takes longer than all the rest."""
 
 
 def prepare(out: Path, inputs=INPUTS) -> Path:
@@ -68,7 +64,7 @@ def finished(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "prompt.txt").write_text("Answer in one word.\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(genpi, "subprocess", ENDS_WELL)
+        patch.setattr(genpi, "report", no_report)
         out = prepare(folder / "run")
         assert genpi.main(command(checkpoint, folder / "prompt.txt", out)) == 0
     return out
@@ -88,7 +84,7 @@ def again(finished, tmp_path):
 @pytest.fixture
 def run(checkpoint, tmp_path, capsys, monkeypatch):
     """Run genpi.py with a one-line prompt and more flags -> (exit code, stdout, stderr)."""
-    monkeypatch.setattr(genpi, "subprocess", ENDS_WELL)
+    monkeypatch.setattr(genpi, "report", no_report)
     (tmp_path / "prompt.txt").write_text("Answer in one word.\n")
 
     def call(*flags, main=genpi.main):
@@ -182,7 +178,7 @@ def test_line_ends_and_marks_of_windows_change_nothing(tmp_path):
     texts = []
     for content in (b"One.\nTwo.\n", b"One.\r\nTwo.\r\n", b"\xef\xbb\xbfOne.\nTwo.\n"):
         (tmp_path / "p.txt").write_bytes(content)
-        texts.append(genpi.read_text(tmp_path / "p.txt", "prompt"))
+        texts.append(runs.read_text(tmp_path / "p.txt", "prompt"))
     assert texts == ["One.\nTwo.\n"] * 3
 
 
@@ -213,12 +209,14 @@ def test_a_terminal_that_cannot_show_a_letter(run, out, tmp_path, monkeypatch):
 
 LIMITS = {
     **dict.fromkeys(["--samples 0", "--samples -3", "--held-out 0", "--slots 0"], "at least 1"),
-    **dict.fromkeys(["--max-turns 0", "--epochs 0", "--batch 0", "--rank 0"], "at least 1"),
+    **dict.fromkeys(["--max-turns 0", "--batch 0", "--rank 0"], "at least 1"),
     **dict.fromkeys(["--micro-tokens 0", "--save-every 0", "--max-new-tokens 0"], "at least 1"),
     **dict.fromkeys(["--lam 1.5", "--lam -0.1", "--lam nan", "--warmup 2"], "0 to 1"),
-    **dict.fromkeys(["--weight-decay nan", "--lr 1e+38", "--lr inf"], "0 to 1"),
-    **dict.fromkeys(["--lr 0", "--clip 0", "--alpha nan"], "positive"),
+    "--weight-decay nan": "0 to 1",
+    **dict.fromkeys(["--lr 1e+38", "--lr inf"], "1e-12 to 1"),
+    **dict.fromkeys(["--lr 0", "--clip 0", "--alpha nan"], "1e-12 to"),
     "--dropout 1": "0 to 0.99",
+    "--epochs 0": "1 to 10000",
     "--rank 17": "16",  # the narrowest layer of the random checkpoint
     "--seed 99999999999999999999": "0 to",
 }
@@ -227,16 +225,14 @@ LIMITS = {
 @pytest.mark.parametrize("flag", LIMITS)
 def test_flags_out_of_range(run, out, flag):
     """The error names flag, value and limit, before anything is synthesised."""
-    complaint(run(*flag.split()), flag.removeprefix("--"), LIMITS[flag])
+    complaint(run(*flag.split()), *flag.removeprefix("--").split(), LIMITS[flag])
     assert not (out / "data.jsonl").exists()
 
 
 @pytest.mark.parametrize("flags", ["--nonsense", "--bits 8", "--device tpu", "--samples 1.5"])
 def test_flags_that_argparse_refuses(run, flags):
-    """An unknown flag or value ends with exit code 2, too."""
-    with pytest.raises(SystemExit) as ended:
-        run(*flags.split())
-    assert ended.value.code == 2
+    """An unknown flag or value is one line with exit code 2, too."""
+    complaint(run(*flags.split()), *flags.split(), "--help")
 
 
 @pytest.mark.parametrize("flags", ["--rank 17", "--generator nosuch", "--demos nosuch"])
@@ -288,10 +284,10 @@ DAMAGE = {  # what is done to a checkpoint, and the words that the error needs
     "header cut": (lambda f: cut(f / "model.safetensors", 30), ["cut short", "download"]),
     "weights empty": (lambda f: cut(f / "model.safetensors", 0), ["cut short", "download"]),
     "other shapes": (lambda f: edit(f, hidden_size=64), ["(260, 32)", "(260, 64)", "embed_tokens"]),
-    "other layers": (lambda f: edit(f, num_hidden_layers=2), ["lack the tensor", "layers.1"]),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer.json"]),
+    "other layers": (lambda f: edit(f, num_hidden_layers=2), ["is not there", "layers.1"]),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json: No such file"]),
     "tokenizer cut": (lambda f: cut(f / "tokenizer.json", 900), ["tokenizer.json", "download"]),
-    "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
+    "no config": (lambda f: (f / "config.json").unlink(), ["config.json: No such file"]),
     "config cut": (lambda f: cut(f / "config.json", 50), ["config.json", "download"]),
     "other family": (lambda f: edit(f, architectures=["GPT2"]), ["GPT2", "LlamaForCausalLM"]),
     "no heads": (lambda f: edit(f, num_attention_heads=0), ["num_attention_heads", "0"]),
@@ -344,7 +340,7 @@ def test_a_hub_that_does_not_deliver(run, monkeypatch, case):
     not repeated.
     """
     error, cure = HUB[case]
-    monkeypatch.setattr(model, "snapshot_download", raises(error))
+    monkeypatch.setattr("checkpoint.snapshot_download", raises(error))
     monkeypatch.setenv("HF_TOKEN", SECRET)
     ended = run("--model", "someone/model")
     complaint(ended, "someone/model", cure)
@@ -363,8 +359,8 @@ def test_an_out_that_is_no_folder(run, tmp_path, path):
 FULL = OSError(errno.ENOSPC, "No space left on device")
 DISK_FULL = {
     "args.json": (Path, "write_text", FULL),
-    "data.jsonl": (synth.os, "fsync", FULL),
-    "checkpoint": (genpi, "save_file", SafetensorError("I/O error: No space left on device")),
+    "data.jsonl": (runs.os, "fsync", FULL),
+    "checkpoint": (train, "save_file", SafetensorError("I/O error: No space left on device")),
     "adapter": (genpi.lora, "save_file", SafetensorError("I/O error: No space left on device")),
 }
 
@@ -387,19 +383,19 @@ def test_a_full_disk(run, out, finished, monkeypatch, where):
 )  # fmt: skip
 def test_out_of_memory(run, out, monkeypatch, give_up):
     """Too little memory on any device names the flags that need less."""
-    monkeypatch.setattr(genpi, "train_step", give_up)
+    monkeypatch.setattr(train, "train_step", give_up)
     complaint(run(), "out of", "memory", "--micro-tokens", "--checkpointing")
 
 
 def test_a_loss_that_is_not_a_number(run, out, monkeypatch):
     """A NaN stops the training at its step, keeps the last checkpoint and says what to lower."""
-    real, losses = genpi.train_step, []
+    real, losses = train.train_step, []
 
     def step(*args):
         losses.append(real(*args))
         return losses[-1] if len(losses) < 3 else (math.nan, 1.0, 1.0)
 
-    monkeypatch.setattr(genpi, "train_step", step)
+    monkeypatch.setattr(train, "train_step", step)
     complaint(run(), "step 3", "nan", "checkpoint", "--lr")
     assert not (out / "adapter_config.json").exists()
     with safe_open(out / "checkpoint" / "state.safetensors", "pt") as file:
@@ -409,7 +405,7 @@ def test_a_loss_that_is_not_a_number(run, out, monkeypatch):
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     "place",
-    [(torch.optim.AdamW, "step"), (genpi, "append_record"), (genpi, "save_file")],
+    [(torch.optim.AdamW, "step"), (synth, "append_record"), (train, "save_file")],
     ids=["update", "record", "checkpoint"],
 )
 def test_an_interrupt_at_an_odd_moment(run, out, finished, monkeypatch, place, after):
@@ -442,18 +438,32 @@ def test_a_single_pseudo_input(run, tmp_path):
     complaint(run(), "1 pseudo input", "--demos", "--generator")
 
 
-def test_the_exit_code_of_the_report(run, out, monkeypatch):
-    """main returns what evaluate.py ended with."""
-    monkeypatch.setattr(genpi, "subprocess", ending(lambda argv: 2))
-    assert run()[0] == 2
+def test_a_report_that_fails(run, out, monkeypatch):
+    """A report that cannot be made ends the command with its line; the adapter is there."""
+    monkeypatch.setattr(genpi, "report", raises(ValueError("no held-out record fits")))
+    complaint(run(), "no held-out record fits")
+    assert (out / "adapter_config.json").exists()
 
 
 def test_an_out_that_begins_with_a_dash(run, report, tmp_path, monkeypatch):
-    """evaluate.py understands the command that genpi.py starts it with, whatever --out is."""
+    """Whatever --out is called, the run is made and reported on."""
     monkeypatch.chdir(tmp_path)
     prepare(Path("-run"))
-    monkeypatch.setattr(genpi, "subprocess", ending(lambda argv: evaluate.main(argv[2:])))
+    monkeypatch.setattr(genpi, "report", evaluate.report)
     assert run("--out=-run")[0] == 0 and Path("-run", "report.md").exists()
+
+
+def test_the_report_of_the_command_is_that_of_the_files(run, report, out, monkeypatch):
+    """genpi.py reports on the model that it holds; evaluate.py, which loads all anew, finds the
+    same.
+    """
+    monkeypatch.setattr(genpi, "report", evaluate.report)
+    assert run()[0] == 0
+    held = json.loads((out / "report.json").read_text())
+    assert report(out)[0] == 0
+    loaded = json.loads((out / "report.json").read_text())
+    timed = ("break_even", "seconds")
+    assert [key for key in held if held[key] != loaded[key] and key not in timed] == []
 
 
 def test_a_full_disk_under_a_finished_run(run, again, monkeypatch):
@@ -471,7 +481,7 @@ def test_a_full_disk_under_a_finished_run(run, again, monkeypatch):
 
 def test_a_full_disk_at_the_report(report, again, monkeypatch):
     """A report that cannot be written names its folder and the cure, too."""
-    monkeypatch.setattr(evaluate, "replace_text", raises(FULL))
+    monkeypatch.setattr(runs, "write_json", raises(FULL))
     complaint(report(again), again, "No space left", "free some space")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from model import Chat
+from chat import Chat
 
 FIXTURES = Path(__file__).parent / "fixtures" / "model" / "chat"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())

@@ -24,9 +24,8 @@ pointers = quant._Pointers("*u8", "*u8", "*fp32", "*fp32", "*fp32", "*fp32")
 x_to_y = {"q": pointers, "x_ptr": "*bf16", "y_ptr": "*bf16", "rows": "i32", "n_out": "i32"}
 flat = {"q": pointers, "w_ptr": "*bf16", "n": "i32", "n_bytes": "i32"}
 for kernel, types, sizes in (
-    (quant._unpack_kernel, flat, {"BLOCKS": quant.UNPACK_BLOCKS}),
-    (quant._few_kernel, x_to_y, {"K": 1024, "M": 1, "N": quant.FEW_OUTPUTS, "CHUNK": 1024}),
-    (quant._tens_kernel, x_to_y, {"K": 1024, "M": 16, "N": 32, "BLOCKS": 8, "STAGES": 2}),
+    (quant._unpack_kernel, flat, {}),
+    (quant._multiply_kernel, x_to_y, {"K": 1024, "M": 16, "BLOCKS": 8}),
 ):
     source = ASTSource(kernel, types | dict.fromkeys(sizes, "constexpr"), sizes)
     options = {"num_warps": 1, "enable_fp_fusion": kernel is not quant._unpack_kernel}
@@ -36,7 +35,7 @@ for kernel, types, sizes in (
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
-    """The H200's compiler takes them: levels go through shuffles, 16 rows through tensor cores.
+    """The H200's compiler takes them: levels go through shuffles, products through tensor cores.
 
     And unpacking has no fused multiply-add, which would not round as PyTorch does.
     """
@@ -47,6 +46,5 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == [
         "_unpack_kernel True False False",
-        "_few_kernel True False True",
-        "_tens_kernel True True True",
+        "_multiply_kernel True True True",
     ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import evaluate
+from chat import Chat
 from evaluate import (
     gap_closed,
     internalised,
@@ -18,9 +19,11 @@ from evaluate import (
     teacher_sequence,
     wilson,
 )
-from genpi import IGNORE, Sequence, pg_sequence, token_nll
-from model import Chat, Config, Llama
-from synth import TASKS, Record, parse_prompt
+from loss import IGNORE, Sequence, pg_sequence, token_nll
+from model import Config, Llama
+from prompt import TASKS, parse_prompt
+from runs import Record
+from sampler import Voice
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 CHAT = Chat(TINY, 2048)
@@ -128,8 +131,8 @@ def test_recall_is_the_mean_ratio_and_the_worst_line_comes_first(model, monkeypa
     """A reply that recites p has ratio 1, half of p has half; blank lines are not listed."""
     whole, half = PROMPT.text, CHAT.decode(CHAT.tokens(PROMPT.text)[:7])
     said = [f"{whole}\n\nReason: so.", half]
-    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: said)
-    found = evaluate.recall(model, CHAT, PROMPT, [RECORD, RECORD], None)
+    monkeypatch.setattr(evaluate, "say", lambda *args: said)
+    found = evaluate.recall(Voice(model, CHAT), PROMPT, [RECORD, RECORD])
     share = matched_ratio(CHAT.tokens(whole), CHAT.tokens(half))
     assert found["ratio"] == pytest.approx((1 + share) / 2) and 0 < share < 1
     nats = [row["nll"] for row in found["lines"]]

@@ -9,10 +9,9 @@ import os
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import quant
-from quant import NF4Linear, dequantize_nf4, nf4_matmul, quantize_nf4
+from quant import dequantize_by_definition, nf4_matmul, quantize_nf4
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -21,7 +20,6 @@ SEED = int.from_bytes(os.urandom(4), "big")  # other numbers every time
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROWS = [1, 2, 3, 5, 8, 16, 17, 33, 64]
 SIZES = [(1, 1, 64), (2, 65, 320), (3, 33, 576), (2, 30, 1536)]
-KERNELS = [quant._few_rows, quant._tens_of_rows]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +41,6 @@ def hardware(monkeypatch):
 
     monkeypatch.setattr(builder, "cast_impl", rounding_cast)
     monkeypatch.setattr(builder, "create_dot", bfloat16_dot)
-    monkeypatch.setattr(quant, "_scratch", {})
     torch.manual_seed(SEED)
 
 
@@ -51,7 +48,6 @@ def hardware(monkeypatch):
 def cuda(monkeypatch):
     """Let nf4_matmul and dequantize_nf4 believe that a CPU tensor is one on a GPU."""
     monkeypatch.setattr(quant, "_has_kernels", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 def exact_weight(q: quant.NF4Weight, dtype: torch.dtype) -> torch.Tensor:
@@ -79,11 +75,11 @@ def assert_is_product(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (37, 53), (100, 33), (2, 64 * 257)])
-def test_unpacking_is_that_of_pytorch_to_the_bit(shape, dtype):
-    """The kernel writes what the PyTorch path returns, in every type and for any shape."""
+def test_unpacking_is_the_definition_to_the_bit(shape, dtype):
+    """The kernel writes what the definition returns, rounded once, for any type and shape."""
     q = quantize_nf4(torch.randn(shape) * torch.rand(shape[0], 1))
-    w = quant._unpack(q, torch.full(shape, torch.nan, dtype=dtype))
-    assert torch.equal(w, dequantize_nf4(q, dtype)), f"seed {SEED}"
+    w = quant._unpack(q, dtype)
+    assert torch.equal(w, dequantize_by_definition(q).to(dtype)), f"seed {SEED}"
 
 
 def test_kernels_write_nothing_beside_their_result(monkeypatch):
@@ -97,101 +93,66 @@ def test_kernels_write_nothing_beside_their_result(monkeypatch):
 
     q, x = quantize_nf4(torch.randn(37, 64)), torch.randn(17, 64)
     monkeypatch.setattr(torch.Tensor, "new_empty", fenced)
-    for write in (*KERNELS, lambda x, q: quant._unpack(q, fenced(x, 37, 64))):
+    for write in (quant._multiply_codes, lambda x, q: quant._unpack(q, x.dtype)):
         around.clear()
         write(x, q)  # the first memory taken is the result, later ones are the interpreter's
         assert around[0].eq(7).sum() == 20000
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, n, k", [(rows, 37, 64) for rows in ROWS] + SIZES)
-def test_product_for_any_size(kernel, rows, n, k, dtype):
-    """Both kernels compute x W'^T for M, N and K that fill no tile, chunk or second-level block."""
+def test_product_for_any_size(rows, n, k, dtype):
+    """The kernel computes x W'^T for M, N and K that fill no tile, part or second-level block."""
     q = quantize_nf4(torch.randn(n, k) * torch.rand(n, 1))
     x = torch.randn(rows, k).to(dtype)
-    w = exact_weight(q, torch.float32 if kernel is quant._few_rows else dtype)
-    assert_is_product(kernel(x, q), x, w)
+    assert_is_product(quant._multiply_codes(x, q), x, exact_weight(q, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocks", [5, 3, 2, 1])
 def test_parts_of_the_inputs_add_up(blocks, dtype, monkeypatch):
     """Five blocks of 64 inputs in 1 part, in 3 + 2, in 2 + 2 + 1 and singly: always the product."""
-    monkeypatch.setattr(quant, "TENS_BLOCKS", blocks)
+    monkeypatch.setattr(quant, "PART_BLOCKS", blocks)
     q, x = quantize_nf4(torch.randn(30, 320)), torch.randn(17, 320).to(dtype)
-    assert_is_product(quant._tens_of_rows(x, q), x, exact_weight(q, dtype))
+    assert_is_product(quant._multiply_codes(x, q), x, exact_weight(q, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_levels_costs_no_more_than_rounding_the_weight(dtype):
     """Scaled levels, rounded before, are no farther from W' than W' rounded at the end."""
     q = quantize_nf4(torch.randn(256, 576))
-    exact, levels, w = exact_weight(q, torch.float32), exact_weight(q, dtype), dequantize_nf4(q)
-    assert (levels - exact).norm() <= (w.to(dtype) - exact).norm(), f"seed {SEED}"
+    exact, levels = exact_weight(q, torch.float32), exact_weight(q, dtype)
+    w = dequantize_by_definition(q).to(dtype)
+    assert (levels - exact).norm() <= (w - exact).norm(), f"seed {SEED}"
 
 
 def test_rows_and_types_choose_the_kernel(cuda, monkeypatch):
-    """Few rows, tens, more; float64, an odd K and no rows at all go to the unpacked weight."""
+    """Few rows and more; float64, an odd K and no rows at all go to the unpacked weight."""
     calls = []
-    few, tens, more = quant._few_rows, quant._tens_of_rows, quant._passing_weight
-    for kernel in (few, tens, more):
+    few, more = quant._multiply_codes, quant._unpack
+    for kernel in (few, more):
         spy = lambda *args, kernel=kernel: calls.append(kernel) or kernel(*args)  # noqa: E731
         monkeypatch.setattr(quant, kernel.__name__, spy)
-    monkeypatch.setattr(quant, "TENS", {torch.float32: 4})
+    monkeypatch.setattr(quant, "MAX_ROWS", {torch.float32: 4})
     q, odd = quantize_nf4(torch.randn(3, 64)), quantize_nf4(torch.randn(3, 40))
-    for rows in (1, 2, 3, 4, 5, 0):
+    for rows in (1, 4, 5, 0):
         assert nf4_matmul(torch.randn(rows, 64), q).shape == (rows, 3)
     nf4_matmul(torch.randn(1, 64).double(), q)
     nf4_matmul(torch.randn(1, 40), odd)
-    assert calls == [few] * 2 + [tens] * 2 + [more] * 4
+    assert calls == [few] * 2 + [more] * 4
 
 
 @pytest.mark.parametrize("shape", [(64,), (2, 1, 64), (3, 2, 64), (2, 40, 64), (0, 64)])
 def test_value_and_gradient_for_any_leading_dimensions(cuda, shape):
-    """y = x W'^T and dx = dy W' through each kernel, also for an x that is not contiguous."""
+    """y = x W'^T and dx = dy W' through both kernels, also for an x that is not contiguous."""
     q = quantize_nf4(torch.randn(37, 64))
-    w = exact_weight(q, torch.float32)
+    w = dequantize_by_definition(q).double()
     x = torch.randn(*shape[:-1], 128)[..., ::2].requires_grad_()
     y = nf4_matmul(x, q)
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, dy)
     expected = x.double() @ w.T, dy.double() @ w
     torch.testing.assert_close((y.double(), dx.double()), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_layers_share_the_scratch_without_harm(cuda, monkeypatch):
-    """Two layers leave one scratch of the larger size; values and gradients are each layer's own.
-
-    The first call is in inference mode, whose tensors could not take part in training.
-    """
-    monkeypatch.setattr(quant, "TENS", {})
-    a, b = (NF4Linear(quantize_nf4(torch.randn(n, 40))) for n in (24, 40))
-    wa, wb = (dequantize_nf4(layer.nf4) for layer in (a, b))
-    x = torch.randn(6, 40, requires_grad=True)
-    with torch.inference_mode():
-        a(x)
-    ys, wanted = (a(x), b(x)), (F.linear(x, wa), F.linear(x, wb))
-    dys = [torch.randn_like(y) for y in ys]
-    dx, wanted_dx = (torch.autograd.grad(both, x, dys) for both in (ys, wanted))
-    torch.testing.assert_close((*ys, *dx), (*wanted, *wanted_dx))
-    assert [t.numel() for t in quant._scratch.values()] == [40 * 40]
-
-
-def test_a_graph_under_capture_leaves_the_scratch_alone(cuda, monkeypatch):
-    """While a CUDA graph is recorded the unpacked weight is memory of its own."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    q = quantize_nf4(torch.randn(3, 5))
-    assert torch.equal(quant._passing_weight(q, torch.float32), dequantize_nf4(q))
-    assert not quant._scratch
-
-
-def test_a_second_derivative_is_refused(cuda):
-    """Autograd may not keep the scratch: differentiating dx is an error."""
-    x, q = torch.randn(1, 64, requires_grad=True), quantize_nf4(torch.randn(3, 64))
-    (dx,) = torch.autograd.grad(nf4_matmul(x, q).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
 
 
 def test_no_kernels_without_cuda_or_triton(monkeypatch):

@@ -75,6 +75,21 @@ def test_output_is_wx_plus_scaled_bax():
     torch.testing.assert_close(layer(x), by_hand)
 
 
+@pytest.mark.parametrize("base", ["plain", "NF4"])
+def test_forward_is_the_definition(base):
+    """Without dropout y and the gradients to x, A and B are the definition's, for batches too."""
+    plain = nn.Linear(64, 24, bias=False).requires_grad_(False)
+    linear = plain if base == "plain" else NF4Linear(quantize_nf4(plain.weight))
+    layer = LoRALinear(linear, 4, 6, 0.0)
+    nn.init.normal_(layer.lora_B)
+    x, dy = torch.randn(2, 3, 64, requires_grad=True), torch.randn(2, 3, 24)
+    y, expected = layer(x), layer.by_definition(x)
+    torch.testing.assert_close(y, expected)
+    inputs = (x, layer.lora_A, layer.lora_B)
+    gradients, wanted = (torch.autograd.grad(out, inputs, dy) for out in (y, expected))
+    torch.testing.assert_close(gradients, wanted)
+
+
 def test_gradients_follow_the_hand_formula():
     """With s = alpha / r and G = dL/dy: dB = s G^T (x A^T), dA = s (G B)^T x, nothing for W."""
     layer, x = one_layer()
@@ -295,7 +310,7 @@ def test_a_failed_save_leaves_the_old_adapter_whole(tmp_path, monkeypatch):
         save_adapter(model, tmp_path)
     other = base_model()
     load_adapter(other, tmp_path)
-    assert torch.equal(logits(other), before)
+    assert torch.equal(logits(other), before) and len(list(tmp_path.iterdir())) == 2
 
 
 # ------------------------------------------------------------------------- adapters that do not fit
@@ -330,7 +345,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, changes, message):
 def test_an_adapter_that_differs_from_the_models_layers_is_refused():
     """Rank, alpha and targets of existing LoRA layers are compared; all differences are told."""
     model = add_lora(base_model(), 2, 4, 0.0, targets=("q_proj", "v_proj"))
-    with pytest.raises(ValueError, match="r is 4, .* 2; lora_alpha is 6, .* 4; target_modules is"):
+    told = "r is 4 .* 2 in the model; lora_alpha is 6 .* 4 in the model; target_modules is"
+    with pytest.raises(ValueError, match=told):
         load_adapter(model, FIXTURES / "ours")
 
 

@@ -5,22 +5,30 @@ for an a and log 4 for a b or a c, whatever stood before.
 """
 
 from math import log
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-import genpi
-from genpi import (
+import loss
+from chat import Chat
+from loss import (
     IGNORE,
     Sequence,
     SlicedNLL,
     joint_loss,
-    micro_batches,
     next_tokens,
+    pg_sequence,
     sequence_nll,
+    sft_sequence,
     token_nll,
 )
 from model import Config, Llama
+from prompt import Prompt, message
+from runs import Record
+from train import micro_batches
 
 A, B, C = 0, 1, 2
 P = torch.tensor([1 / 2, 1 / 4, 1 / 4])
@@ -115,7 +123,7 @@ def test_slices_of_the_logits_give_the_loss_and_gradient_of_them_all(monkeypatch
     torch.manual_seed(0)
     W, labels = 3 * torch.randn(11, 6, dtype=dtype), torch.randint(11, (2, 9))
     labels[0, :4] = labels[1, -3:] = IGNORE
-    monkeypatch.setitem(genpi.SLICE, "cpu", 11 * at_a_time)
+    monkeypatch.setitem(loss.SLICE, "cpu", 11 * at_a_time)
     x, y = (torch.full((2, 9, 6), 0.5, dtype=dtype).cumsum(1).requires_grad_() for _ in "xy")
     whole, n = token_nll(x @ W.T, labels)
     targets = next_tokens(labels)
@@ -178,3 +186,93 @@ def test_lam_one_gives_pg_no_gradient():
     sft.grad = pg.grad = None
     joint_loss(sft, pg, 0).backward()
     assert (sft.grad, pg.grad) == (0, 1)
+
+
+# ----------------------------------------------------------------------------------- sequences
+
+CHAT = Chat(Path(__file__).resolve().parent.parent / "tiny", 2048)
+TURNS = ["Act: bash", "The output is 7", "Act: answer(7)"]
+RECORD = Record(0, "Count the files in /srv/music.", TURNS, "Use ls.", "It acts.")
+PROMPT = Prompt("Say Act: first.")
+END = "<|eot_id|>"
+
+
+def target_text(sequence):
+    """The labelled tokens as text, end-of-turn tokens written out."""
+    kept = [i for i, label in zip(sequence.ids, sequence.labels, strict=True) if label != IGNORE]
+    return CHAT.tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def test_sft_targets_are_the_agent_turns():
+    """L_SFT asks for every agent turn with its end, and for nothing of x, the environment or
+    headers.
+    """
+    assert target_text(sft_sequence(CHAT, RECORD)) == f"Act: bash{END}Act: answer(7){END}"
+
+
+def test_sft_reads_the_input_without_the_prompt():
+    """The SFT sequence holds x as the first user message and no word of p."""
+    text = CHAT.tokenizer.decode(sft_sequence(CHAT, RECORD).ids, skip_special_tokens=False)
+    assert RECORD.pseudo_input in text
+    assert PROMPT.text not in text
+
+
+def test_pg_targets_are_the_whole_prompt_and_the_reason():
+    """L_PG asks for p, uncut, then r, then the end; x, yS_0 and yT_0 are only read."""
+    long = Prompt("\n".join(f"Rule {i}." for i in range(300)))
+    sequence = pg_sequence(CHAT, long, RECORD)
+    assert target_text(sequence) == f"{long.text}\n\nReason: {RECORD.reason}{END}"
+    read = CHAT.tokenizer.decode(
+        [i for i, label in zip(sequence.ids, sequence.labels, strict=True) if label == IGNORE]
+    )
+    assert all(part in read for part in (RECORD.pseudo_input, RECORD.student, RECORD.turns[0]))
+    assert RECORD.turns[2] not in read
+
+
+def test_labels_are_ids():
+    """A label is the id at its own place: shifting is the loss's business."""
+    for sequence in (sft_sequence(CHAT, RECORD), pg_sequence(CHAT, PROMPT, RECORD)):
+        assert all(
+            label in (IGNORE, i) for i, label in zip(sequence.ids, sequence.labels, strict=True)
+        )
+
+
+def test_special_strings_in_a_record_stay_text():
+    """An input that spells out a control token does not end its turn: targets stay the agent's."""
+    record = Record(0, f"Say {END} now", ["Act: finish"], "No.", "So.")
+    assert target_text(sft_sequence(CHAT, record)) == f"Act: finish{END}"
+    assert message("user", record.pseudo_input)["content"] in CHAT.decode(
+        sft_sequence(CHAT, record).ids
+    )
+
+
+# --------------------------------------------------------------------------------------- memory
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the most numbers that any operation returned in one tensor."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 4)
+        return out
+
+
+def test_memory_does_not_grow_with_vocabulary_times_length(monkeypatch):
+    """Forward and backward pass hold at most SLICE logits at a time, not tokens x vocabulary."""
+    torch.manual_seed(0)
+    model = Llama(Config(1792, 32, 48, 2, 2, 2, 16, 2048))
+    sequence, vocabulary = pg_sequence(CHAT, Prompt("yes " * 400), RECORD), 1792
+    tokens = sequence.n_targets
+    ids, labels = torch.tensor([sequence.ids]), torch.tensor([sequence.labels])
+    for slice_ in (8 * vocabulary, 64 * vocabulary):
+        monkeypatch.setitem(loss.SLICE, "cpu", slice_)
+        with LargestTensor() as largest:
+            sequence_nll(model, ids, labels).backward()
+        weights = vocabulary * 32  # lm_head and embedding
+        assert max(slice_, weights) <= largest.numbers <= max(slice_, weights, 64 * tokens)
+        assert largest.numbers < tokens * vocabulary / 4

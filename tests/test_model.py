@@ -16,8 +16,16 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import model as module
-from model import Config, KVCache, Llama, load_model, rotate
+from model import (
+    Config,
+    KVCache,
+    Llama,
+    attention_by_definition,
+    cached_attention,
+    causal_attention,
+    load_model,
+    rotate,
+)
 from quant import NF4Linear, dequantize_nf4, quantize_nf4
 
 FIXTURES = Path(__file__).parent / "fixtures" / "model"
@@ -65,6 +73,41 @@ def random_model() -> Llama:
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+# ----------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("K", [2, 4], ids=["grouped", "ungrouped"])
+def test_fast_attention_is_its_definition(K):
+    """At once, in ragged parts through a cache, or behind a shared prefix: softmax(q k^T) v."""
+    model = Llama(Config.from_dict(SHAPE | {"num_key_value_heads": K})).double()
+    texts = torch.randn(3, 4 + K + K, 12, 8, dtype=torch.float64)  # 3 texts of 12 tokens, hd = 8
+    texts[:, :, :5] = texts[0, :, :5]  # which begin with the same 5
+    q, k, v = texts.split((4, K, K), dim=1)
+    expected = attention_by_definition(q, k, v)
+    torch.testing.assert_close(causal_attention(q, k, v), expected, rtol=0, atol=1e-10)
+
+    def attend(cache, P, counts):
+        """Queries, keys and values of the next counts[b] tokens of text b, right-padded."""
+        start = [P + length for length in cache.lengths.tolist()]
+        place = torch.tensor(start)[:, None] + torch.arange(max(counts))
+        new = texts[torch.arange(len(texts))[:, None], :, place.clamp(max=11)].transpose(1, 2)
+        layout = model.model.lay_out(max(counts), cache, torch.float64)
+        y = cached_attention(*new.split((4, K, K), dim=1), layout, layer=0)
+        cache.advance(counts)
+        for b, count in enumerate(counts):
+            own = expected[b, :, start[b] : start[b] + count]
+            torch.testing.assert_close(y[b, :, :count], own, rtol=0, atol=1e-10)
+
+    shared = KVCache(model.config, 1, 5, "cpu", torch.float64)
+    shared.k[0] = k[:1, :, :5]
+    shared.v[0] = v[:1, :, :5]
+    shared.advance(5)
+    for prefix, P in ((None, 0), (shared, 5)):
+        cache = KVCache(model.config, 3, 12, "cpu", torch.float64, prefix)
+        for counts in ([3, 1, 2], [1, 1, 1], [2, 4, 0]):
+            attend(cache, P, counts)
 
 
 # --------------------------------------------------------------------------------- the forward pass
@@ -283,19 +326,21 @@ def lost_shard(folder):
 
 NORM, ZERO = "model.norm.weight", torch.zeros(5)
 FAULTS = {
-    "no config.json": lambda f: (f / "config.json").unlink(),
+    "config.json: No such file": lambda f: (f / "config.json").unlink(),
     "config.json: not JSON": lambda f: (f / "config.json").write_text('{"vocab_size": '),
-    "config.json: holds a list": lambda f: (f / "config.json").write_text("[]"),
-    "no tokenizer.json": lambda f: (f / "tokenizer.json").unlink(),
+    "config.json: holds no JSON object": lambda f: (f / "config.json").write_text("[]"),
+    "tokenizer.json: No such file": lambda f: (f / "tokenizer.json").unlink(),
     "tokenizer.json: not JSON": lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe{"),
     "damaged tokenizer.json": lambda f: (f / "tokenizer.json").write_text('{"model": 3}'),
     "no model.safetensors": lambda f: (f / "model.safetensors").unlink(),
     "no model-00001-of-00002.safetensors": lost_shard,
     "damaged or cut short": lambda f: cut(f, -1),
     "cut short .*download it again": lambda f: cut(f, 5),
-    "lack the tensor model.norm.weight": rewrite(lambda t: t.pop(NORM)),
+    r"norm.weight is not there, config.json says \(32,\)": rewrite(lambda t: t.pop(NORM)),
     r"norm.weight is \(5,\), config.json says \(32,\)": rewrite(lambda t: t.update({NORM: ZERO})),
-    "unexpected tensor model.norm.bias": rewrite(lambda t: t.update({"model.norm.bias": ZERO})),
+    r"norm.bias is \(5,\), config.json says no such tensor": rewrite(
+        lambda t: t.update({"model.norm.bias": ZERO})
+    ),
 }
 
 
@@ -319,8 +364,8 @@ def test_a_broken_folder_is_one_clear_line(message, folder):
         ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
         ({"architectures": ["MistralForCausalLM"]}, "sliding_window = 4096"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type = yarn is not supported, only"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_type = linear needs factor"),
-        ({"hidden_size": None}, "hidden_size = None, a positive integer is needed"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor = None is not supported"),
+        ({"hidden_size": None}, "hidden_size = None .* only a positive integer"),
         ({"num_key_value_heads": 3}, "3 key/value heads do not divide 4 heads"),
     ],
 )
@@ -363,7 +408,7 @@ def offline(error):
 )
 def test_a_failed_download_says_what_to_do(error, message, monkeypatch):
     """Gated, unknown, offline: one line with the cure, and never with the token."""
-    monkeypatch.setattr(module, "snapshot_download", offline(error))
+    monkeypatch.setattr("checkpoint.snapshot_download", offline(error))
     with pytest.raises(ValueError, match=f"^owner/name: .*{message}") as caught:
         load_model("owner/name")
     assert "hf_secret" not in str(caught.value) and "\n" not in str(caught.value)
@@ -372,7 +417,7 @@ def test_a_failed_download_says_what_to_do(error, message, monkeypatch):
 
 def test_a_wrong_path_is_not_looked_up(monkeypatch):
     """What can be no Hub id is a missing folder."""
-    monkeypatch.setattr(module, "snapshot_download", offline(OSError))
+    monkeypatch.setattr("checkpoint.snapshot_download", offline(OSError))
     for path in ("/no/such/folder", "./missing/folder", "missing"):
         with pytest.raises(ValueError, match="no such folder"):
             load_model(path)
@@ -381,7 +426,9 @@ def test_a_wrong_path_is_not_looked_up(monkeypatch):
 def test_only_needed_files_are_downloaded(monkeypatch, folder):
     """Of a repository we take configuration, tokenizer and the safetensors beside them."""
     asked = {}
-    monkeypatch.setattr(module, "snapshot_download", lambda name, **kw: asked.update(kw) or folder)
+    monkeypatch.setattr(
+        "checkpoint.snapshot_download", lambda name, **kw: asked.update(kw) or folder
+    )
     load_model("owner/name")
     wanted = """config.json generation_config.json tokenizer.json tokenizer_config.json
         chat_template.jinja model.safetensors.index.json model-00001-of-00002.safetensors""".split()

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import genpi
 import lora
-from genpi import Sequence, add_up, join_team, own_share, team, train_step
+from loss import IGNORE, Sequence
 from model import Config, Llama
+from train import Recipe, add_up, join_team, own_share, team, train_step
 
 HERE = Path(__file__).resolve().parent
 SIZES = {"six": 6, "five": 5, "one": 1}  # sequences of each kind; with one, a process has nothing
@@ -23,7 +23,7 @@ def batch(n: int) -> tuple[list[Sequence], list[Sequence]]:
     """n random sequences of each kind, of different lengths, their first two tokens unlabelled."""
     draw = torch.Generator().manual_seed(n)
     texts = [torch.randint(50, (3 + 2 * i,), generator=draw).tolist() for i in range(2 * n)]
-    made = [Sequence(ids, [genpi.IGNORE] * 2 + ids[2:]) for ids in texts]
+    made = [Sequence(ids, [IGNORE] * 2 + ids[2:]) for ids in texts]
     return made[::2], made[1::2]
 
 
@@ -35,7 +35,7 @@ def gradients(n: int) -> dict[str, torch.Tensor]:
     for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     optimizer = torch.optim.SGD(lora.adapter_parameters(model), lr=0.0)
-    losses = train_step(model, optimizer, *batch(n), 0.7, 1e9, 20, "cpu")
+    losses = train_step(model, optimizer, *batch(n), Recipe(clip=1e9, micro_tokens=20))
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return found | {"losses": torch.tensor(losses)}
 

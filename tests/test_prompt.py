@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from synth import (
+from prompt import (
     ASSISTANT,
     END,
     OPENING,
     TASKS,
+    Task,
     browsing_action,
     environment_messages,
     message,
@@ -26,6 +27,7 @@ TWO_EXAMPLES = parse_prompt(
     "<USER>:\nsecond problem\n<AGENT>:\nlook\n<USER>:\nseen\n<AGENT>:\nfinal 2\n"
     "<USER>:\nNew: {user_input}"
 )
+TASK = Task("test", "a shell", 9, action=lambda text: (text,), final=lambda a: "final" in a[0])
 
 
 def read(name: str):
@@ -36,9 +38,10 @@ def read(name: str):
 
 def examples(name: str) -> list[tuple[str, tuple]]:
     """(message, parsed action) of every agent turn in the worked examples of a file."""
-    said, did = read(name).turns[::2], read(name).turns[1::2]
-    parse = TASKS[name].action
-    return [(user, parse(agent)) for (_, user), (_, agent) in zip(said, did, strict=True)]
+    said = read(name).turns[::2]
+    did = read(name).turns[1::2]
+    act = TASKS[name].act
+    return [(user, act(agent)) for (_, user), (_, agent) in zip(said, did, strict=True)]
 
 
 # ------------------------------------------------------------------------------- our prompt files
@@ -170,10 +173,7 @@ def test_turns_out_of_order_are_refused_in_one_line(text, problem):
 
 def test_environment_sees_the_roles_swapped():
     """What users say the environment says, and [END] and a new opening follow each final answer."""
-    turns = ["go", "result", "on"]
-    system, *view = environment_messages(
-        TWO_EXAMPLES, "x", turns, "a shell", is_final=lambda text: text.startswith("final")
-    )
+    system, *view = environment_messages(TWO_EXAMPLES, TASK, "x", ["go", "result", "on"])
     assert system["role"] == "system"
     assert "a shell" in system["content"] and END in system["content"]
     assert view == [
@@ -195,11 +195,19 @@ def test_environment_sees_the_roles_swapped():
     ]
 
 
+def test_the_last_worked_example_ends_whatever_its_action_is():
+    """Where no action is final, one [END] and a new opening part the examples from x."""
+    view = environment_messages(TWO_EXAMPLES, TASKS["any"], "x", ["reply"])
+    assert [m["content"] for m in view].count(END) == 1
+    end = [message("assistant", END), message("user", OPENING), message("assistant", "New: x")]
+    assert view[-4:] == [*end, message("user", "reply")]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_environment_is_asked_to_speak_next(name):
     """In our files roles alternate up to the agent's turn, with an [END] for each final action."""
     task = TASKS[name]
-    view = environment_messages(read(name), "x", ["reply"], task.environment, task.is_final)
+    view = environment_messages(read(name), task, "x", ["reply"])
     assert [m["role"] for m in view[1:]] == ["user", "assistant"] * (len(view) // 2 - 1) + ["user"]
     finals = sum(task.final(action) for _, action in examples(name))
     assert finals >= 1 and sum(m["content"] == END for m in view) == finals
@@ -207,11 +215,11 @@ def test_environment_is_asked_to_speak_next(name):
 
 def test_environment_of_a_plain_prompt_reads_its_text():
     """Where p has no turns to swap, its text stands in the environment's system message."""
-    system, *view = environment_messages(parse_prompt("Be brief."), "x", ["reply"], "the user")
+    system, *view = environment_messages(parse_prompt("Be brief."), TASK, "x", ["reply"])
     assert "Be brief." in system["content"]
-    x, reply = message("assistant", "x"), message("user", "reply")
-    assert view == [message("user", OPENING), x, reply]
-    system, *_ = environment_messages(TWO_EXAMPLES, "x", ["reply"], "the user")
+    x = message("assistant", "x")
+    assert view == [message("user", OPENING), x, message("user", "reply")]
+    system, *_ = environment_messages(TWO_EXAMPLES, TASK, "x", ["reply"])
     assert "first problem" not in system["content"]
 
 
@@ -312,3 +320,9 @@ def test_shopping_action_stands_after_action(text, action):
 def test_final_actions_end_a_conversation(name, action, final):
     """finish and answer end an OS problem, any choice a browsing step, buying a shopping trip."""
     assert TASKS[name].is_final(action) is final
+
+
+def test_where_nothing_is_known_any_text_is_an_action():
+    """Without a parser of its own a task takes the text itself as action, and none is final."""
+    assert TASKS["any"].act(" It rains. \n") == ("It rains.",)
+    assert not TASKS["any"].is_final("It rains.")

@@ -1,23 +1,24 @@
 """The stages of the synthesis, with scripted speakers in place of a model."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 import synth
+from prompt import END, TASKS, parse_prompt
+from runs import Record, append_record
 from synth import (
-    END,
     FRUITLESS_ROUNDS,
-    TASKS,
-    Record,
-    append_record,
+    Plan,
+    more_inputs,
     parse_list,
-    parse_prompt,
     pseudo_inputs,
     quality,
-    read_records,
     role_play,
     synthesise,
+    synthesise_wave,
 )
 
 OS = TASKS["os"]
@@ -25,33 +26,44 @@ PROMPT = parse_prompt("<USER>:\nRules. {user_input}")
 LIST = "Act: bash\n\n```bash\nls\n```"
 
 
-class Script:
-    """A voice that answers from a table: (who speaks, x, agent turns so far) -> text.
+def plan_of(n_inputs=3, max_turns=10, demos=(), seed=0):
+    return Plan(PROMPT, replace(OS, max_turns=max_turns, demos=demos), n_inputs, 9, seed)
 
-    The environment is recognised by its system message, as a model would.
+
+class Script:
+    """A voice that answers by functions of the messages: agent and student by one, environment.
+
+    Whom it plays it tells from what it reads, as a model would; a reason is "because x". room: the
+    letters of its context.
     """
 
-    max_new_tokens = 9
-
     def __init__(self, agent, environment, room=10**9):
-        self.agent, self.environment, self.room, self.asked = agent, environment, room, []
+        self.agent = agent
+        self.environment = environment
+        self.room = room
+        self.asked = []  # all conversations
+        self.calls = []  # how many there were in each call
 
-    def fits(self, messages):
-        return sum(len(m["content"]) for m in messages) <= self.room
+    def fits(self, messages, max_new_tokens):
+        return sum(len(m["content"]) for m in messages) + max_new_tokens <= self.room
 
-    def say(self, conversations, bar=None):
+    def speak(self, conversations, sampling, seeds=None):
         self.asked += conversations
-        return [self.reply(messages) for messages in conversations]
+        self.calls.append(len(conversations))
+        for number, messages in enumerate(conversations):
+            yield number, self.reply(messages), True
 
     def reply(self, messages):
         if messages[0]["content"].startswith("You play"):
             return self.environment(messages)
-        return self.agent(messages)
+        asked = re.search(r"was asked:\n\n(.*)\n", messages[-1]["content"])
+        return f"because {asked[1]}" if asked else self.agent(messages)
 
 
-def turns_of(agent, environment, max_turns, x="q", **script):
-    record = Record(0, x)
-    role_play(Script(agent, environment, **script), PROMPT, OS, [record], max_turns)
+def played(agent, environment, max_turns, **script):
+    """The record of one conversation between the two."""
+    record = Record(0, "q")
+    role_play(Script(agent, environment, **script), plan_of(max_turns=max_turns), [record])
     return record
 
 
@@ -66,41 +78,43 @@ def test_agent_and_environment_take_turns_until_the_end_token():
     """Two actions and an answer: the environment speaks between them, and its [END] is not kept."""
     agent = lambda m: LIST if count(m, "assistant") < 2 else "Act: answer(7)"  # noqa: E731
     environment = lambda m: END if "answer" in m[-1]["content"] else "The output: 7"  # noqa: E731
-    record = turns_of(agent, environment, 10)
+    record = played(agent, environment, 10)
     assert record.turns == [LIST, "The output: 7", LIST, "The output: 7", "Act: answer(7)"]
     assert not (record.hit_limit or record.no_end_token or record.no_final_action)
 
 
 def test_the_turn_limit_ends_a_conversation():
     """An agent that never finishes has max_turns turns; the last environment turn is dropped."""
-    record = turns_of(lambda m: LIST, lambda m: "more", 3)
+    record = played(lambda m: LIST, lambda m: "more", 3)
     assert record.turns == [LIST, "more", LIST, "more", LIST]
     assert record.hit_limit and record.no_final_action and not record.no_end_token
 
 
-def test_a_final_action_ends_a_conversation_without_end_token():
+@pytest.mark.parametrize("max_turns", [10, 2])
+def test_a_final_action_ends_a_conversation_without_end_token(max_turns):
     """If the environment forgets [END] after a final action, the record says so and stops there."""
-    record = turns_of(lambda m: "Act: finish", lambda m: "what else?", 10)
-    assert record.turns == ["Act: finish"]
+    agent = lambda m: "Act: finish" if count(m, "assistant") else LIST  # noqa: E731
+    record = played(agent, lambda m: "what else?", max_turns)
+    assert record.turns == [LIST, "what else?", "Act: finish"]
     assert record.no_end_token and not record.hit_limit and not record.no_final_action
 
 
 def test_an_early_end_token_leaves_no_final_action():
     """[END] after a mere command ends the conversation, which then lacks its final action."""
-    record = turns_of(lambda m: LIST, lambda m: END, 10)
+    record = played(lambda m: LIST, lambda m: END, 10)
     assert record.turns == [LIST]
     assert record.no_final_action and not record.hit_limit
 
 
 def test_single_turns_need_no_environment():
     """With max_turns 1 the environment is never asked."""
-    record = turns_of(lambda m: LIST, lambda m: pytest.fail("the environment was asked"), 1)
+    record = played(lambda m: LIST, lambda m: pytest.fail("the environment was asked"), 1)
     assert record.turns == [LIST]
 
 
 def test_a_conversation_that_fills_the_context_is_marked():
     """A turn that may not fit is not taken; the record ends with the agent and is overlong."""
-    record = turns_of(lambda m: LIST, lambda m: "x" * 400, 10, room=900)
+    record = played(lambda m: LIST, lambda m: "x" * 400, 10, room=900)
     assert record.overlong
     assert len(record.turns) % 2 == 1
 
@@ -108,7 +122,7 @@ def test_a_conversation_that_fills_the_context_is_marked():
 def test_the_environment_sees_the_roles_swapped():
     """To the environment x is its own message and the agent's turn the user's."""
     script = Script(lambda m: "Act: finish", lambda m: END)
-    role_play(script, PROMPT, OS, [Record(0, "my x")], 2)
+    role_play(script, plan_of(max_turns=2), [Record(0, "my x")])
     view = script.asked[1]
     assert [m["role"] for m in view] == ["system", "user", "assistant", "user"]
     assert "my x" in view[2]["content"] and view[3]["content"] == "Act: finish"
@@ -116,14 +130,9 @@ def test_the_environment_sees_the_roles_swapped():
 
 def test_conversations_advance_together():
     """Ten conversations of two turns take two calls to the agent, not twenty."""
-    calls = []
     script = Script(lambda m: LIST, lambda m: "out")
-    say = script.say
-    script.say = lambda conversations, bar=None: (
-        calls.append(len(conversations)) or say(conversations)
-    )
-    role_play(script, PROMPT, OS, [Record(i, f"x{i}") for i in range(10)], 2)
-    assert calls == [10, 10, 10, 10]  # agent, environment, agent, environment
+    role_play(script, plan_of(max_turns=2), [Record(i, f"x{i}") for i in range(10)])
+    assert script.calls == [10, 10, 10, 10]  # agent, environment, agent, environment
 
 
 # ---------------------------------------------------------------------------------- pseudo inputs
@@ -142,88 +151,135 @@ def test_a_list_may_begin_at_one():
     assert parse_list("There are 3. things I like", first=6) == []
 
 
-def scripted_lists(monkeypatch, rounds):
-    """Let round i of more_inputs bring rounds[i], and nothing after the last."""
-    rounds = iter(rounds)
-    monkeypatch.setattr(synth, "more_inputs", lambda *args: next(rounds, []))
+class Lists:
+    """A generator that writes the same list in answer to all, to its end or cut at the limit."""
+
+    def __init__(self, text, ended=True):
+        self.text = text
+        self.ended = ended
+
+    def speak(self, conversations, sampling, seeds):
+        self.asked = [messages[-1]["content"] for messages in conversations]
+        self.sampling = sampling
+        for number in range(len(conversations)):
+            yield number, self.text, self.ended
 
 
-def fresh():
-    return {"rounds": 0, "fruitless": 0, "seconds": 0.0, "inputs": []}
+def test_a_list_cut_at_the_limit_loses_its_last_item():
+    """What ends by itself is kept whole; of what was cut, the last item may be half of one."""
+    text = "3. Name a tree.\n4. Spell c"
+    for ended, items in ((True, ["Name a tree.", "Spell c"]), (False, ["Name a tree."])):
+        assert more_inputs(Lists(text, ended), plan_of(demos=("A", "B")), [], 9, 0) == items
 
 
-def test_inputs_are_distinct_and_no_demonstrations(monkeypatch):
+def test_the_demonstrations_are_shown_or_else_what_was_found():
+    """Every list goes on with the task's demonstrations, or with five of the inputs so far."""
+    generator = Lists("")
+    more_inputs(generator, plan_of(demos=("A", "B")), ["c"], 25, 0)
+    assert len(generator.asked) == 3 and all("1. A\n2. B\n" in text for text in generator.asked)
+    assert (generator.sampling.temperature, generator.sampling.top_p) == (1.0, 0.9)
+    more_inputs(generator, plan_of(), [f"found {i}" for i in range(9)], 25, 0)
+    assert [text.count("found") for text in generator.asked] == [5, 5, 5]
+
+
+def scripted(monkeypatch, *rounds):
+    """Let round i of more_inputs bring rounds[i], and nothing after the last -> the seeds used."""
+    left = iter(rounds)
+    seeds = []
+
+    def more(generator, plan, known, n, seed):
+        found = next(left, [])
+        if found is KeyboardInterrupt:
+            raise found
+        seeds.append(seed)
+        return found
+
+    monkeypatch.setattr(synth, "more_inputs", more)
+    return seeds
+
+
+def test_inputs_are_distinct_and_no_demonstrations(monkeypatch, tmp_path):
     """Copies, also in other letters or spaces, and the demonstrations themselves are dropped."""
-    scripted_lists(monkeypatch, [["a", "A ", "demo"], ["a  b", "A b", "c"]])
-    found = pseudo_inputs(None, PROMPT, ("Demo",), 3, 0, fresh(), lambda s: None)
+    scripted(monkeypatch, ["a", "A ", "demo"], ["a  b", "A b", "c"])
+    found = pseudo_inputs(None, plan_of(3, demos=("Demo",)), tmp_path / "inputs.json")
     assert found == ["a", "a  b", "c"]
 
 
-def test_fruitless_rounds_are_bounded(monkeypatch):
+def test_fruitless_rounds_are_bounded(monkeypatch, tmp_path):
     """After FRUITLESS_ROUNDS rounds that bring nothing new we go on with what there is."""
-    saved = []
-    scripted_lists(monkeypatch, [["a"], ["a"], ["b"]])
-    state = fresh()
-    assert pseudo_inputs(None, PROMPT, (), 9, 0, state, lambda s: saved.append(s["rounds"])) == [
-        "a",
-        "b",
-    ]
-    assert saved == list(range(1, 3 + FRUITLESS_ROUNDS + 1))
+    path = tmp_path / "inputs.json"
+    seeds = scripted(monkeypatch, ["a"], ["a"], ["b"])
+    for _ in range(2):  # the second time nothing is asked
+        assert pseudo_inputs(None, plan_of(9), path) == ["a", "b"]
+        assert len(seeds) == json.loads(path.read_text())["rounds"] == 3 + FRUITLESS_ROUNDS
 
 
-def test_no_list_at_all_is_an_error(monkeypatch):
-    """A generator that never writes a list stops the run with one line that names the cure."""
-    scripted_lists(monkeypatch, [])
-    with pytest.raises(ValueError, match="--demos"):
-        pseudo_inputs(None, PROMPT, (), 9, 0, fresh(), lambda s: None)
+@pytest.mark.parametrize("found", [[], ["a"]], ids=["none", "one"])
+def test_too_few_inputs_are_an_error(monkeypatch, tmp_path, found):
+    """Without a list, or with one input alone, the run stops with a line that names the cure."""
+    scripted(monkeypatch, found)
+    with pytest.raises(ValueError, match=r"\A.*--demos.*\Z"):
+        pseudo_inputs(None, plan_of(9), tmp_path / "inputs.json")
 
 
-def test_inputs_go_on_where_they_stopped(monkeypatch):
-    """A round's seed depends on its number, so two halves bring what one whole would."""
-    seeds = []
-    monkeypatch.setattr(synth, "more_inputs", lambda *a: seeds.append(a[-1]) or [f"x{len(seeds)}"])
-    state = fresh()
-    pseudo_inputs(None, PROMPT, (), 2, 5, state, lambda s: None)
-    pseudo_inputs(None, PROMPT, (), 4, 5, json.loads(json.dumps(state)), lambda s: None)
-    assert len(set(seeds)) == 4
-    whole = []
-    monkeypatch.setattr(synth, "more_inputs", lambda *a: whole.append(a[-1]) or [f"x{len(whole)}"])
-    pseudo_inputs(None, PROMPT, (), 4, 5, fresh(), lambda s: None)
-    assert whole == seeds
+def test_inputs_go_on_where_they_stopped(monkeypatch, tmp_path):
+    """A round's seed depends on its number, so that after a crash comes what would have come."""
+    whole = scripted(monkeypatch, ["a"], ["b"], ["c"], ["d"])
+    pseudo_inputs(None, plan_of(4, seed=5), tmp_path / "whole.json")
+    path = tmp_path / "inputs.json"
+    first = scripted(monkeypatch, ["a"], ["b"], KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pseudo_inputs(None, plan_of(4, seed=5), path)
+    assert json.loads(path.read_text())["inputs"] == ["a", "b"]
+    second = scripted(monkeypatch, ["c"], ["d"])
+    assert pseudo_inputs(None, plan_of(4, seed=5), path) == ["a", "b", "c", "d"]
+    assert first + second == whole and len(set(whole)) == 4
 
 
-# ------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------ all stages
 
 
-def test_records_survive_the_file(tmp_path):
-    """What is appended is read back equal, in order of index, line ends inside texts included."""
-    path = tmp_path / "data.jsonl"
-    records = [Record(1, "é\nx", ["a", "b\n", "c"], "s", "r", seconds=0.5), Record(0, "y")]
-    for record in records:
-        append_record(path, record)
-    assert read_records(path) == records[::-1]
+def speaker(**script):
+    """As student it says Use ls., as agent Act: finish, as environment [END]."""
+    agent = lambda m: "Act: finish" if "Rules" in m[1]["content"] else "Use ls."  # noqa: E731
+    return Script(agent, lambda m: END, **script)
 
 
-@pytest.mark.parametrize("end", ['{"index": 2, "pseu', '{"index": 2}\n', "\x00\x00\n"])
-def test_a_corrupt_last_line_is_dropped(tmp_path, end):
-    """A last line that a crash cut short is dropped, and the file is whole again."""
-    path = tmp_path / "data.jsonl"
-    append_record(path, Record(0, "x"))
-    whole = path.read_bytes()
-    path.write_bytes(whole + end.encode())
-    assert [r.index for r in read_records(path)] == [0]
-    assert path.read_bytes() == whole
+def test_a_wave_yields_whole_records():
+    """Every record of a wave comes back with its conversation, yS and r, as its reason is done."""
+    voice = speaker()
+    wave = [Record(i, f"x{i}") for i in range(3)]
+    done = synthesise_wave(voice, voice, plan_of(max_turns=2), wave)
+    first = next(done)
+    assert (first.index, wave[0].reason, wave[1].reason) == (0, "because x0", "")
+    assert [record.index for record in done] == [1, 2]
+    made = [(record.turns, record.student, record.reason) for record in wave]
+    assert made == [(["Act: finish"], "Use ls.", f"because x{i}") for i in range(3)]
 
 
-def test_a_corrupt_middle_line_is_an_error_with_its_number(tmp_path):
-    """Damage that no crash explains is not repaired silently."""
-    path = tmp_path / "data.jsonl"
-    for i in range(3):
-        append_record(path, Record(i, "x"))
-    lines = path.read_text().splitlines(True)
-    path.write_text(lines[0] + "{broken\n" + lines[2])
-    with pytest.raises(ValueError, match="line 2"):
-        read_records(path)
+def test_a_reason_that_does_not_fit_is_not_asked_for():
+    """A record whose question is too long for the generator is marked, and the others go on."""
+    generator = speaker(room=600)
+    wave = [Record(0, "x"), Record(1, "y" * 600), Record(2, "z")]
+    done = list(synthesise_wave(speaker(), generator, plan_of(max_turns=2), wave))
+    assert sorted(record.index for record in done) == [0, 1, 2] and len(generator.asked) == 2
+    assert [record.overlong for record in wave] == [False, True, False]
+    assert [record.reason for record in wave] == ["because x", "", "because z"]
+
+
+def test_records_that_are_there_are_not_made_again(tmp_path):
+    """What an interrupted run has written stays as it is, and only the others are added."""
+    state = {"rounds": 1, "fruitless": 0, "seconds": 1.0, "inputs": ["x0", "x1", "x2"]}
+    (tmp_path / "inputs.json").write_text(json.dumps(state))
+    kept = Record(1, "x1", ["Act: bash"], "mine", "mine")
+    append_record(tmp_path / "data.jsonl", kept)
+    voice = speaker()
+    records = synthesise(voice, voice, plan_of(3, max_turns=2), tmp_path)
+    assert [record.index for record in records] == [0, 1, 2] and records[1] == kept
+    assert [record.reason for record in records] == ["because x0", "mine", "because x2"]
+    before = len(voice.asked)
+    assert synthesise(voice, voice, plan_of(3, max_turns=2), tmp_path) == records
+    assert len(voice.asked) == before
 
 
 def test_quality_counts_agent_turns_and_flags():
@@ -231,17 +287,3 @@ def test_quality_counts_agent_turns_and_flags():
     records = [Record(0, "x", ["a", "e", "a", "e", "a"], hit_limit=True), Record(1, "y", ["a"])]
     table = quality(records, 10)
     assert (table["mean_turns"], table["hit_limit"], table["no_end_token"]) == (2, 0.5, 0)
-
-
-def test_a_wave_yields_whole_records():
-    """Every record of a wave comes back with its conversation, yS and r, as its reason is done."""
-    script = Script(
-        lambda m: "Use ls." if "Rules" not in m[1]["content"] else "Act: finish", lambda m: END
-    )
-    script.speak = lambda asked, **how: ((i, f"because {i}", True) for i in range(len(asked)))
-    wave = [Record(i, f"x{i}") for i in range(3)]
-    done = list(synthesise(script, script, PROMPT, OS, wave, 2, seed=0))
-    assert [r.index for r in done] == [0, 1, 2]
-    assert [(r.turns, r.student, r.reason) for r in done] == [
-        (["Act: finish"], "Use ls.", f"because {i}") for i in range(3)
-    ]

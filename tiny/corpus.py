@@ -6,8 +6,8 @@ All of it is drawn at random, a third of the labels being nonsense words, and th
 examples too: the only way to predict an agent's turn is to read the prompt. What `os.txt` uses is
 held out (`held_out`).
 
-Every question is built by the functions of `synth.py` and `genpi.py` that ask it later, so they
-cannot drift apart.
+Every question is built by the functions of `prompt.py`, `synth.py` and `loss.py` that ask it later,
+so they cannot drift apart.
 """
 
 import random
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 
 from world import directory, random_problem, surprise
 
-from genpi import pg_messages
-from synth import (
+from loss import pg_messages
+from prompt import (
     END,
     OPENING,
+    Task,
     environment_messages,
-    inputs_messages,
     message,
     parse_prompt,
-    reason_messages,
     student_messages,
 )
+from synth import inputs_messages, reason_messages
 
 THINK = "Think Thought Thoughts Reasoning Plan Idea Note Why Mind Reflection Comment Step".split()
 ACT = "Act Action Do Move Next Output Command Decision Choice Call Reply Execute".split()
@@ -217,7 +217,8 @@ def machine_chat(rng):
     for _ in range(rng.randint(2, 4)):
         problem = random_problem(rng)
         if chat is None:
-            chat = environment_messages(prompt, problem.wish, p.turns(problem), rng.choice(MACHINES))
+            task = Task("machine", rng.choice(MACHINES), max_turns=10)
+            chat = environment_messages(prompt, task, problem.wish, p.turns(problem))
             played = len(p.turns(problem))
             weights = [REST] * (len(chat) - played)
         else:

@@ -33,11 +33,21 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # the modules of the project; no p
 import world
 from corpus import OUTPUTS, Protocol, random_prompt, random_protocol
 
-import synth
 from evaluate import wilson
 from model import load_model
+from prompt import (
+    END,
+    conversation,
+    environment_messages,
+    os_action,
+    parse_prompt,
+    student_messages,
+)
+from prompt import OS as TASK
+from sampler import Sampling, Voice, say
+from synth import Plan, more_inputs, normalised, reason_messages
 
-TASK = synth.TASKS["os"]
+TURN = Sampling(128)  # greedy
 BLOCK = "{name}\n\n```{lang}\n{x}\n```"
 ACTS = ("bash", "finish", "answer")
 OS = Protocol(  # what os.txt lays down
@@ -74,7 +84,7 @@ def balanced(n, rng, surprising=False):
 
 
 def reader(protocol):
-    """A strict reading of turns: text -> action as from synth.os_action, None for any other text.
+    """A strict reading of turns: text -> action as from os_action, None for any other text.
 
     A command is one line here, since no problem of the world needs two.
     """
@@ -104,13 +114,14 @@ def converse(voice, cases):
     talks, busy = [[] for _ in cases], range(len(cases))
     for _ in range(TASK.max_turns):
         openings = {i: cases[i][1].teacher(cases[i][0].wish) for i in busy}
-        asked = {i: synth.conversation(opening, talks[i]) for i, opening in openings.items()}
-        asked = {i: messages for i, messages in asked.items() if voice.fits(messages)}
+        asked = {i: conversation(opening, talks[i]) for i, opening in openings.items()}
+        room = TURN.max_new_tokens
+        asked = {i: messages for i, messages in asked.items() if voice.fits(messages, room)}
         busy = []
-        for i, text in zip(asked, voice.say(list(asked.values())), strict=True):
+        for i, text in zip(asked, say(voice, list(asked.values()), TURN), strict=True):
             problem, _, protocol = cases[i]
             talks[i].append(text)
-            action = synth.os_action(text) if protocol is OS else reader(protocol)(text)
+            action = os_action(text) if protocol is OS else reader(protocol)(text)
             if action and action[0] == "bash":
                 talks[i].append(protocol.observe(printed(problem, action[1])))
                 busy.append(i)
@@ -121,7 +132,7 @@ def judge(rates, name, cases, talks):
     """Note which conversations have the protocol's form in every turn, and which go right."""
     for (problem, _, protocol), talk in zip(cases, talks, strict=True):
         formal = [reader(protocol)(turn) for turn in talk[::2]]
-        actions = [synth.os_action(turn) for turn in talk[::2]] if protocol is OS else formal
+        actions = [os_action(turn) for turn in talk[::2]] if protocol is OS else formal
         end = ("finish",) if problem.answer is None else ("answer", problem.answer)
         wanted = [*(("bash", command) for _, command, _ in problem.steps), end]
         rates.note(problem.kind, "\n\n".join([problem.wish, *talk]), {
@@ -149,13 +160,13 @@ def environment(rates, voice, prompt, problems):
         turns = OS.turns(problem)
         asked += [(problem, turns[: 2 * i + 1], step[1]) for i, step in enumerate(problem.steps)]
         asked.append((problem, turns, None))
-    how = TASK.environment, TASK.is_final
-    replies = voice.say([synth.environment_messages(prompt, p.wish, t, *how) for p, t, _ in asked])
+    views = [environment_messages(prompt, TASK, p.wish, turns) for p, turns, _ in asked]
+    replies = say(voice, views, TURN)
     numbers, due = set(), set()
     for (problem, turns, command), reply in zip(asked, replies, strict=True):
         said = f"{problem.wish}\n\n{turns[-1]}\n\n{reply}"
         if command is None:
-            rates.note(problem.kind, said, {"environment: [END] at the end": reply == synth.END})
+            rates.note(problem.kind, said, {"environment: [END] at the end": reply == END})
             continue
         right = OS.observe(world.machine(command))
         fact = next(fact for form, fact in world.RULES if re.fullmatch(form, command))
@@ -181,13 +192,13 @@ def wish_patterns():
 def inputs(rates, voice, prompt, n, seed):
     """Note about n pseudo inputs, sampled in lists of ten -> their spread over the kinds."""
     patterns, kinds = wish_patterns(), []
-    seen = {synth.normalised(demo) for demo in TASK.demos}
-    for item in synth.more_inputs(voice, prompt, TASK.demos, [], n, seed):
+    seen = {normalised(demo) for demo in TASK.demos}
+    for item in more_inputs(voice, Plan(prompt, TASK, n, 128, seed), [], n, seed):
         kind = next((k for k, form in patterns.items() if re.fullmatch(form, item)), "none")
-        new = synth.normalised(item) not in seen
+        new = normalised(item) not in seen
         rates.note(kind, item, {"inputs: usable": kind != "none", "inputs: distinct": new})
         kinds.append(kind)
-        seen.add(synth.normalised(item))
+        seen.add(normalised(item))
     met, most = {*kinds} - {"none"}, max(patterns, key=kinds.count)
     spread = f"{len(met)} of {len(patterns)}, most often {most} ({kinds.count(most)})"
     return {"inputs: kinds": spread}
@@ -211,20 +222,20 @@ def reasons(rates, problems, texts):
 def measure(voice, args):
     """All parts in turn -> (rates, other values)."""
     rates, rng = Rates(), random.Random(f"measure-{args.seed}")
-    prompt = synth.parse_prompt((HERE.parent / "os.txt").read_text(encoding="utf-8"))
+    prompt = parse_prompt((HERE.parent / "os.txt").read_text(encoding="utf-8"))
     problems = balanced(args.problems, rng, surprising=True)
     cases = [(problem, prompt, OS) for problem in problems]
     talks = converse(voice, cases)
     judge(rates, "agent", cases, talks)
-    students = voice.say([synth.student_messages(problem.wish) for problem in problems])
+    students = say(voice, [student_messages(problem.wish) for problem in problems], TURN)
     no_prompt(rates, problems, students)
     values = environment(rates, voice, prompt, balanced(args.problems, rng))
     values |= inputs(rates, voice, prompt, 6 * args.problems // 5, args.seed)
     some = problems[: len(problems) // 3]  # the last two parts are slow
     replies = zip(some, students, talks, strict=False)
-    asked = [synth.reason_messages(prompt, p.wish, yS, talk[0]) for p, yS, talk in replies]
-    sampling = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9, "seed": args.seed}
-    values |= reasons(rates, some, voice.say(asked, **sampling))
+    asked = [reason_messages(prompt, p.wish, yS, talk[0]) for p, yS, talk in replies]
+    seeds = [args.seed + i for i in range(len(asked))]
+    values |= reasons(rates, some, say(voice, asked, Sampling(512, 0.7, 0.9), seeds))
     protocols = [random_protocol(rng, strange=1.0) for _ in some]
     cases = [(x, random_prompt(rng, p), p) for x, p in zip(some, protocols, strict=True)]
     judge(rates, "protocols", cases, converse(voice, cases))
@@ -271,7 +282,7 @@ def main():
     clock = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, chat = load_model(args.model, device, bits=args.bits)
-    trials, values = measure(synth.Voice(model, chat, max_new_tokens=128), args)
+    trials, values = measure(Voice(model, chat), args)
     rates = {name: summary(some) for name, some in trials.items()}
     print_table(rates, values)
     seconds = round(time.perf_counter() - clock)

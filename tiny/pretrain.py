@@ -33,7 +33,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # the modules of the project; no p
 from corpus import random_chat, short_chat  # noqa: E402
 from world import USERS, WORDS  # noqa: E402
 
-from model import Chat, Config, Llama  # noqa: E402
+from chat import Chat  # noqa: E402
+from model import Config, Llama  # noqa: E402
 from quant import dequantize_nf4, quantize_nf4  # noqa: E402
 
 SPECIAL = [

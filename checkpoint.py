@@ -1,0 +1,216 @@
+"""The files of a checkpoint: found on the disk or downloaded, and checked before they are used.
+
+A checkpoint is a folder as Hugging Face's Hub keeps it: config.json, tokenizer.json with some small
+files beside it, and *.safetensors. Each fault is one ValueError that names file or field, value,
+limit or cure. Left out: weights of any other kind (a pickle can run code), other model families.
+"""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+
+from runs import read_json
+
+CURE = "download it again"
+FILES = (
+    "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja "
+    "special_tokens_map.json *.safetensors *.safetensors.index.json"
+).split()
+IGNORED = ["*/*", "consolidated*"]  # the same weights once more, in another layout
+
+
+def find_folder(path_or_id: str) -> Path:
+    """The folder of a checkpoint; a Hub id is downloaded into Hugging Face's cache first.
+
+    Raises: ValueError, with the cure, for what is neither or cannot be downloaded.
+    """
+    folder = Path(os.path.expanduser(path_or_id))
+    if path_or_id and folder.is_dir():
+        return folder
+    owner_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_id)
+    if not owner_name or "--" in path_or_id or ".." in path_or_id:
+        raise ValueError(f"{path_or_id}: no such folder, and no Hub id, which is owner/name")
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=FILES, ignore_patterns=IGNORED))
+    except GatedRepoError:
+        cure = "accept its licence on huggingface.co, then `hf auth login` or set HF_TOKEN"
+    except RepositoryNotFoundError:
+        cure = "check the name on huggingface.co; if private, `hf auth login` or set HF_TOKEN"
+    except Exception as error:  # its text may hold a token or signed address, its type says enough
+        cure = f"{type(error).__name__}, check the network or pass a local checkpoint folder"
+    raise ValueError(f"{path_or_id}: no folder here, and not downloaded: {cure}")
+
+
+def read_settings(folder: Path) -> dict:
+    """What the small files of a checkpoint say: BOS, EOS and, "" if it has none, chat_template."""
+    settings = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            settings |= read_json(folder / name, CURE)
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            settings["chat_template"] = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{file}: not UTF-8; {CURE}") from None
+    template = settings.get("chat_template") or ""
+    if isinstance(template, list):  # several with names
+        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+    return settings | {"chat_template": template}
+
+
+# --------------------------------------------------------------------------------- tokenizer.json
+
+
+def read_tokenizer(folder: Path, settings: dict) -> tuple[Tokenizer, dict, tuple[str, str]]:
+    """A tokenizer that neither adds control tokens nor finds them in text, their ids, and the rule
+    for a leading space. Raises: ValueError for a damaged tokenizer.json."""
+    parsed = read_json(folder / "tokenizer.json", CURE)
+    try:
+        control = control_tokens(parsed.get("added_tokens") or [], settings)
+        space_rule = take_space(parsed)
+        parsed |= {"truncation": None, "padding": None}
+        tokenizer = Tokenizer.from_str(json.dumps(parsed))
+    except Exception as error:  # tokenizers has no narrower type
+        raise ValueError(f"{folder}: damaged tokenizer.json ({error}); {CURE}") from None
+    tokenizer.encode_special_tokens = True
+    return tokenizer, control, space_rule
+
+
+def control_tokens(added: list[dict], settings: dict) -> dict[str, int]:
+    """Name -> id of the control tokens, with <bos> and <eos>; flags those that lack the flag."""
+    for token in added:  # some fine-tuned models do not flag what they added
+        token["special"] |= bool(re.fullmatch(r"<\|\w+\|>", token["content"]))
+    control = {token["content"]: token["id"] for token in added if token["special"]}
+    for slot, usual in (("bos", "<|begin_of_text|>"), ("eos", "</s>")):
+        name = settings.get(f"{slot}_token") or usual
+        name = name["content"] if isinstance(name, dict) else name
+        if name in control:
+            control[f"<{slot}>"] = control[name]
+    return control
+
+
+def take_space(parsed: dict) -> tuple[str, str]:
+    """Take the rule that puts a space before text out of a parsed tokenizer.json, and return it.
+
+    SentencePiece's kind of tokenizer reads "hello" as " hello" where a text begins. A reply whose
+    header was tokenised apart must not gain a space, so we add it ourselves: always ("every"),
+    where no space is yet ("missing"), or that only at the start of a conversation ("first").
+    """
+    rule = ("", "every")
+    for slot, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        outer = parsed.get(slot) or {}
+        for part in outer.get(inner, [outer]):
+            kind = part.get("type")
+            if kind == "Prepend":
+                rule = (part["prepend"], "every")
+                part["prepend"] = ""
+            elif kind == "Metaspace":
+                scheme = part.get("prepend_scheme", "always")
+                part["prepend_scheme"] = "never"
+                if scheme != "never":
+                    rule = (part["replacement"], "first" if scheme == "first" else "missing")
+            elif kind == "ByteLevel" and part["add_prefix_space"]:
+                rule = (" ", "missing")
+                part["add_prefix_space"] = False
+    return rule
+
+
+# ------------------------------------------------------------------------------------ config.json
+
+
+def set_fields(d: dict) -> dict:
+    """The fields of a config.json that have a value, those of RoPE among them.
+
+    transformers 4 writes rope_scaling beside rope_theta, 5 both in rope_parameters.
+    """
+    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_scaling = {rope}, an object is needed")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope = rope | {"rope_type": kind}
+    if d.get("architectures") == ["MistralForCausalLM"]:
+        d = {"sliding_window": 4096} | d  # what it means if the field is not there
+    fields = d | rope | {"rope_scaling": None if kind == "default" else rope}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def one_of(*values):
+    return values.__contains__, " or ".join(map(str, values))
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads")  # fmt: skip
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
+COUNT = (lambda x: isinstance(x, int) and x > 0, "a positive integer")
+NUMBER = (lambda x: isinstance(x, int | float) and 0 < x < math.inf, "a positive number")
+ALLOWED = {  # field of config.json: a test of its value, and what passes
+    "architectures": one_of(["LlamaForCausalLM"], ["MistralForCausalLM"]),
+    "hidden_act": one_of("silu"),
+    "attention_bias": one_of(False),
+    "mlp_bias": one_of(False),
+    "sliding_window": one_of(None),
+    "quantization_config": one_of(None),
+    "rope_type": one_of(*ROPE_NEEDS),
+    **dict.fromkeys((*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"), COUNT),
+    **dict.fromkeys((*LLAMA3, "rope_theta", "rms_norm_eps"), NUMBER),
+}
+
+
+def check_config(fields: dict) -> None:
+    """Raise ValueError for the first field that is needed and not there, or that is not ALLOWED."""
+    needed = (*SIZES, *ROPE_NEEDS.get(str(fields["rope_type"]), ()))
+    for field, (fits, limit) in ALLOWED.items():
+        value = fields.get(field)
+        if (field in fields or field in needed) and not fits(value):
+            raise ValueError(f"config.json: {field} = {value} is not supported, only {limit}")
+    heads = fields["num_attention_heads"]
+    kv_heads = fields.get("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ValueError(f"config.json: {kv_heads} key/value heads do not divide {heads} heads")
+
+
+# ---------------------------------------------------------------------------------------- weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that the index names, or the only one; ValueError if one is missing."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    why = "the only kind read"
+    if index.is_file():
+        file_of = read_json(index, CURE, ("weight_map",))["weight_map"]  # by name of tensor
+        if not isinstance(file_of, dict):
+            raise ValueError(f"{index}: weight_map = {file_of}, an object is needed; {CURE}")
+        names = sorted({str(name) for name in file_of.values()})
+        why = f"which {index.name} names"
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: no {name}, {why}; {CURE}")
+    return [folder / name for name in names]
+
+
+def check_weights(files: list[Path], needed: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError where the files' headers differ from name -> shape; reads no tensor."""
+    found = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= {n: tuple(tensors.get_slice(n).get_shape()) for n in tensors.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or cut short ({error}); {CURE}") from None
+    if "lm_head.weight" not in needed:  # it is the embedding, which some files hold twice
+        found.pop("lm_head.weight", None)
+    for name in needed | found:
+        here = found.get(name, "not there")
+        said = needed.get(name, "no such tensor")
+        if here != said and not name.endswith("rotary_emb.inv_freq"):  # which old files bring
+            raise ValueError(f"{files[0].parent}: {name} is {here}, config.json says {said}")

@@ -1,0 +1,171 @@
+"""The losses of GenPI: the two token sequences of a record, and what the model pays for them.
+
+    L_SFT = - sum_i log P(yT_i | x, yT_<i, env_<=i)      without p in the context      Eq. 2
+    L_PG  = - log P(p, r | x, yS_0, yT_0)                the model writes p and r      Eq. 3
+    L     = (1 - lam) L_PG + lam L_SFT                   lam = 0.7                     Eq. 4
+
+Eq. 2 and 3 are token_nll of a sequence, whose labels say what is a target: the agent's turns, or p
+and r, each with its end-of-turn token, for the model must also learn to stop. Here they are sums;
+train_step divides each, once, by the target tokens of the whole batch.
+
+Left out: cutting a target. The authors' code stops p and r at 512 tokens, ours are whole or absent.
+
+Letters: B rows, T tokens, V vocabulary, D width, N target tokens. Source: GenPI section 4.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chat import Chat
+from model import Llama
+from prompt import ASSISTANT, Prompt, conversation, message, student_messages
+from runs import Record
+
+IGNORE = -100  # a label that carries no loss
+SLICE = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits at a time: 32 MB and 512 MB in float32
+
+# --------------------------------------------------------------------------------------- losses
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """Shift labels (B, T) so that place t holds the token that is predicted there. The only shift.
+
+    ids      BOS   How    7   EOT          what the model reads
+    labels    -     -     7   EOT          what carries loss: the reply, not the question
+    shifted   -     7   EOT    -           logits at "How" predict 7, logits at 7 predict EOT
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the negative log-likelihood of the labelled tokens.
+
+    logits (B, T, V) of the ids, labels (B, T) those ids or IGNORE. Returns (nats, tokens), not
+    divided: whoever sums over micro-batches divides once. Source: GenPI Eq. 2 and 3.
+    """
+    targets = next_tokens(labels)
+    asked = targets != IGNORE
+    nats = F.cross_entropy(logits[asked].float(), targets[asked], reduction="sum")
+    return nats, asked.sum()
+
+
+def joint_loss(sft, pg, lam: float):
+    """L = (1 - lam) L_PG + lam L_SFT of two mean losses in nats/token. Source: GenPI Eq. 4."""
+    return (1 - lam) * pg + lam * sft
+
+
+# ------------------------------------------------------------------------------------ sequences
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """ids and labels of one training text, as long as each other."""
+
+    ids: list[int]
+    labels: list[int]  # the id itself where it is a target, else IGNORE
+
+    @property
+    def n_targets(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+
+def build_sequence(chat: Chat, messages: list[dict], targets: set[int]) -> Sequence:
+    """Encode messages; the tokens that the messages numbered in `targets` wrote are labels.
+
+    A message wrote its text and its end-of-turn token, and no header.
+    """
+    ids, owner = chat.encode(messages)
+    labels = [i if who in targets else IGNORE for i, who in zip(ids, owner, strict=True)]
+    return Sequence(ids, labels)
+
+
+def sft_sequence(chat: Chat, record: Record) -> Sequence:
+    """The conversation without p; every agent turn is a target. Source: GenPI Eq. 2."""
+    messages = conversation(student_messages(record.pseudo_input), record.turns)
+    agent = {i for i, m in enumerate(messages) if m["role"] == "assistant"}
+    return build_sequence(chat, messages, agent)
+
+
+QUESTION = """A user wrote:
+
+{x}
+
+Without a prompt you replied:
+
+{student}
+
+With a prompt you replied:
+
+{teacher}
+
+Write out that prompt, and after it the reason why it changed your reply."""
+
+
+def prompt_question(x: str, student: str, teacher: str) -> list[dict]:
+    """The question of L_PG: which prompt turned yS_0 into yT_0?"""
+    text = QUESTION.format(x=x, student=student, teacher=teacher)
+    return [message("system", ASSISTANT), message("user", text)]
+
+
+def pg_messages(prompt: Prompt, x: str, student: str, teacher: str, reason: str) -> list[dict]:
+    """The question and its answer: all of p, then r."""
+    answer = message("assistant", f"{prompt.text}\n\nReason: {reason}")
+    return [*prompt_question(x, student, teacher), answer]
+
+
+def pg_sequence(chat: Chat, prompt: Prompt, record: Record) -> Sequence:
+    """p and r after x, yS_0 and yT_0; p and r are the target. Source: GenPI Eq. 3."""
+    texts = record.pseudo_input, record.student, record.teacher, record.reason
+    messages = pg_messages(prompt, *texts)
+    return build_sequence(chat, messages, {len(messages) - 1})
+
+
+# ------------------------------------------------------------------------------------ fast path
+
+
+def sequence_nll(model: Llama, ids: Tensor, labels: Tensor) -> Tensor:
+    """Nats over the targets of ids and labels (B, T).
+
+    Same as token_nll(model(ids), labels)[0], without ever holding all logits: lm_head is applied
+    where there is a target, a slice at a time.
+    """
+    targets = next_tokens(labels)
+    asked = targets != IGNORE
+    return SlicedNLL.apply(model.hidden(ids, at=asked), model.lm_head.weight, targets[asked])
+
+
+class SlicedNLL(torch.autograd.Function):
+    """Nats of targets (N,) under the logits x W^T of x (N, D) and a frozen lm_head W (V, D).
+
+    Same as the cross-entropy in token_nll, without the logits: a slice knows its gradient
+
+        d nll / d logits = softmax - one-hot,       d nll / d x = (softmax - one-hot) W
+
+    as soon as its loss, so the forward pass keeps this (N, D) and nothing of the size of V. The
+    difference is taken in float32: near the end of training both are nearly 1.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
+        nats = torch.zeros((), device=x.device)
+        gradient = []
+        rows = max(1, SLICE[x.device.type] // len(W))
+        for part, target in zip(x.split(rows), targets.split(rows), strict=True):
+            logits = F.linear(part, W).float()
+            most = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(-1, target[:, None]) - most
+            exp = logits.sub_(most).exp_()  # in place: the slice is the largest tensor there is
+            mass = exp.sum(-1, keepdim=True)
+            nats += (mass.log() - chosen).sum()
+            if ctx.needs_input_grad[0]:
+                exp.div_(mass)[torch.arange(len(exp), device=x.device), target] -= 1
+                gradient.append(exp.to(x.dtype) @ W)
+        ctx.gradient = torch.cat(gradient) if gradient else None
+        return nats
+
+    @staticmethod
+    def backward(ctx, dnats: Tensor):
+        return ctx.gradient * dnats, None, None

@@ -1,0 +1,226 @@
+"""The prompt p, what is known of its kind, and the messages that each speaker reads.
+
+    teacher       p with x in its place: the agent that knows p
+    student       x alone: the same model without p
+    environment   the conversation from the other side: the worked examples of p with the roles
+                  swapped, each closed by [END], then x as a message of its own
+
+A prompt file is UTF-8 text. With lines <USER>: and <AGENT>: it is a chat: instructions and worked
+examples, then an open <USER>: turn, in which {user_input} marks the place of x. With none it is one
+system message. A message is {"role": "system" | "user" | "assistant", "content": str}.
+
+Left out: images, tools, prompts in several files. Source: GenPI section 5, AgentBench (2308.03688).
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+ASSISTANT = "You are a helpful assistant."  # the system message where p brings none
+END = "[END]"  # the environment's last word
+OPENING = "Start a new conversation."
+
+ENVIRONMENT = """You play {environment} in a conversation with an agent. When you are told to \
+start a new conversation, give the agent a problem. Answer each later message of the agent \
+exactly as {environment} would, in the form that you used before, and add nothing of your own. \
+As soon as the agent has given its final answer, write only {end}"""
+
+INSTRUCTIONS = """
+
+The agent works by these instructions:
+
+---
+{prompt}
+---"""
+
+
+def message(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+# --------------------------------------------------------------------------------------- prompt
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt p: its text, the closed chat turns in it, and the open user turn that x completes.
+
+    A plain text (no <USER>: and <AGENT>: lines) has no turns and no opening.
+    """
+
+    text: str
+    turns: tuple[tuple[str, str], ...] = ()  # (role, text), role user or assistant
+    opening: str | None = None
+
+    def teacher(self, x: str) -> list[dict]:
+        """The messages that the teacher reads: p with x in its place."""
+        if self.opening is None:
+            return [message("system", self.text), message("user", x)]
+        turns = [message(role, text) for role, text in self.turns]
+        return [message("system", ASSISTANT), *turns, message("user", self.open_turn(x))]
+
+    def open_turn(self, x: str) -> str:
+        """The last user turn of p with x at {user_input}, or behind it where there is no mark."""
+        if self.opening is None:
+            return x
+        if "{user_input}" in self.opening:
+            return self.opening.replace("{user_input}", x)
+        return f"{self.opening}\n\n{x}".strip()
+
+
+MARKER = re.compile(r"^<(USER|AGENT)>:[ \t]*\n?", re.MULTILINE)
+ROLES = {"USER": "user", "AGENT": "assistant"}
+
+
+def parse_prompt(text: str, name: str = "prompt") -> Prompt:
+    """Read the text of a prompt file.
+
+    Raises: ValueError where <USER>: and <AGENT>: do not alternate, or nothing is left open.
+    """
+    text = text.strip()
+    before, *pieces = MARKER.split(text)  # what stands before, then marker, text, marker, text ...
+    if not pieces:
+        return Prompt(text)
+    markers = pieces[::2]
+    texts = [piece.strip() for piece in pieces[1::2]]
+    check_markers(before, markers, name)
+    turns = tuple((ROLES[marker], said) for marker, said in zip(markers, texts, strict=True))
+    return Prompt(text, turns[:-1], opening=texts[-1])
+
+
+def check_markers(before: str, markers: list[str], name: str) -> None:
+    """Raise ValueError unless a chat runs user, agent, ..., user."""
+    if before.strip():
+        raise ValueError(f"{name}: text before the first <USER>: line; begin the file with <USER>:")
+    for i, marker in enumerate(markers):
+        if marker != ("USER", "AGENT")[i % 2]:
+            told = f"turn {i + 1} is <{marker}>:; <USER>: and <AGENT>: must alternate"
+            raise ValueError(f"{name}: {told}")
+    if markers[-1] != "USER":
+        told = "the last turn is <AGENT>:; end with an open <USER>: turn for the input"
+        raise ValueError(f"{name}: {told}")
+
+
+# ---------------------------------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True)
+class Task:
+    """What we know of a kind of prompt beyond its text.
+
+    environment   whom the model plays
+    max_turns     agent turns of a conversation at most
+    demos         first messages that show the generator what is wanted
+    action        agent text -> its parsed action or None; without one any text is an action
+    final         parsed action -> does it end the conversation?
+    """
+
+    name: str
+    environment: str
+    max_turns: int
+    demos: tuple[str, ...] = ()
+    action: Callable[[str], tuple | None] | None = None
+    final: Callable[[tuple], bool] = lambda action: False
+
+    def act(self, text: str) -> tuple | None:
+        """The action that an agent turn takes, None if it takes none."""
+        return self.action(text) if self.action else (text.strip(),)
+
+    def is_final(self, text: str) -> bool:
+        """Does an agent turn end the conversation?"""
+        action = self.act(text)
+        return action is not None and self.final(action)
+
+
+def os_action(text: str) -> tuple | None:
+    """The last valid Act: of an agent turn: (bash, code), (finish,) or (answer, value).
+
+    Source: AgentBench, OS interaction.
+    """
+    for act in reversed(re.findall(r"Act:\s*(.+)", text)):
+        blocks = re.findall(r"```bash\s*\n(.*?)```", text, re.DOTALL)
+        if act.lower().startswith("bash") and blocks:
+            return ("bash", "\n\n".join(block.strip() for block in blocks))
+        if act.lower().startswith("finish"):
+            return ("finish",)
+        value = re.match(r"answer[^(]*\((.*)\)", act, re.IGNORECASE)
+        if value:
+            return ("answer", value[1].strip())
+    return None
+
+
+def browsing_action(text: str) -> tuple | None:
+    """(letter, operation, value) of a web browsing turn. Source: Mind2Web, multi-choice form."""
+    letter = re.search(r"Answer: ([A-F])", text)
+    if not letter:
+        return None
+    operation = re.search(r"Action: (CLICK|SELECT|TYPE)", text)
+    value = re.search(r"Value: (.*)$", text, re.MULTILINE)
+    return (letter[1], operation[1] if operation else "", value[1].strip() if value else "")
+
+
+def shopping_action(text: str) -> tuple | None:
+    """(search or click, argument) of a web shopping turn. Source: WebShop, text mode."""
+    found = re.search(r"Action:\s*(search|click)\[(.+?)\]", text, re.IGNORECASE)
+    return (found[1].lower(), found[2].strip().lower()) if found else None
+
+
+OS_DEMOS = (
+    "How many files are in the directory /srv/photos?",
+    "Rename /home/ana/notes.txt to plan.txt.",
+    "Who owns the newest file in /data/orders?",
+    "Append the line winter to /home/leo/garden/books.md.",
+    "Tell me the size of /opt/games in megabytes.",
+)
+SHOPPING_DEMOS = (
+    "I need a pair of waterproof hiking boots in size 9, and price lower than 90.00 dollars",
+    "find me a sugar free dark chocolate bar, pack of 12, and price lower than 30.00 dollars",
+    "I want a wireless keyboard with a quiet touch, black, and price lower than 50.00 dollars",
+    "look for a queen size cotton bed sheet, machine washable, and price lower than 60.00 dollars",
+    "I am looking for a fragrance free hand cream for dry skin, and price lower than 20.00 dollars",
+)
+OS = Task(
+    "os", "the shell of a Linux machine", 10, OS_DEMOS,
+    os_action, final=lambda action: action[0] in ("finish", "answer"),
+)  # fmt: skip
+WEB_BROWSING = Task(  # no demos: a first message is a whole page, and the examples show three
+    "web_browsing", "a browser that shows pages as HTML", 2, (), browsing_action, final=bool
+)
+WEB_SHOPPING = Task(
+    "web_shopping", "a shop that shows its pages as text", 5, SHOPPING_DEMOS,
+    shopping_action, final=lambda action: action == ("click", "buy now"),
+)  # fmt: skip
+ANY = Task("any", "the user of this conversation", 1)
+TASKS = {task.name: task for task in (OS, WEB_BROWSING, WEB_SHOPPING, ANY)}
+
+
+# ------------------------------------------------------------------------------------- messages
+
+
+def student_messages(x: str) -> list[dict]:
+    """The messages that the student reads: x without p."""
+    return [message("system", ASSISTANT), message("user", x)]
+
+
+def conversation(opening: list[dict], turns: list[str]) -> list[dict]:
+    """opening, which ends with the user, continued by agent and environment texts in turn."""
+    return opening + [message(("assistant", "user")[i % 2], text) for i, text in enumerate(turns)]
+
+
+def environment_messages(prompt: Prompt, task: Task, x: str, turns: list[str]) -> list[dict]:
+    """The conversation as the environment sees it: roles swapped, [END] after each worked example.
+
+    turns: agent and environment texts in turn so far, the last one the agent's.
+    """
+    system = ENVIRONMENT.format(environment=task.environment, end=END)
+    if prompt.opening is None:
+        system += INSTRUCTIONS.format(prompt=prompt.text)
+    chat = [message("system", system), message("user", OPENING)]
+    swapped = {"user": "assistant", "assistant": "user"}
+    for i, (role, text) in enumerate(prompt.turns):
+        chat.append(message(swapped[role], text))
+        last = i + 1 == len(prompt.turns)
+        if role == "assistant" and (last or task.is_final(text)):
+            chat += [message("assistant", END), message("user", OPENING)]
+    chat.append(message("assistant", prompt.open_turn(x)))
+    return chat + [message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]

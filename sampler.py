@@ -1,0 +1,370 @@
+"""Tokens from a KV cache, for many conversations at a time.
+
+generate_by_definition is all of it: read everything, choose a token, append it, read everything
+again. What follows writes the same text fast:
+
+    a cache             a token costs a pass over itself, the past is kept as keys and values
+    slots               R conversations in flight; one that has ended gives its slot to the next
+    a shared prefix     what all conversations begin with, nearly always the long prompt, is read
+                        once and stands once in memory
+    one look in 16      choosing, noting and stopping happen on the device; a GPU replays them as a
+                        CUDA graph and is asked every 16 tokens (NOT MEASURED: none has run it yet)
+
+A row's randomness is its own, so that what it says does not depend on its neighbours (on a GPU up
+to the rounding of a matmul, which changes with the number of rows).
+
+Left out: beam search, repetition penalties, speculative decoding, keeping the cache between turns.
+
+Letters: R slots, V vocabulary, P tokens of the shared prefix, n rows of a pass. Source: nucleus
+sampling (arXiv 1904.09751), continuous batching (Orca, OSDI 2022).
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from chat import Chat
+from model import KVCache, Llama, prefill
+
+BURST = {"cpu": 1, "cuda": 16}  # tokens a row between two looks at what the device has written
+STRIDE = 256  # of the keys in sight of a captured step
+PREFILL_TOKENS = 8192  # prompt tokens computed in one forward pass; bounds the activations
+PREFILL_SCORES = 1 << 24  # and what they attend to, tokens x keys; bounds the attention scores
+
+# ------------------------------------------------------------------------------------ definition
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a reply is drawn. Raises ValueError for what cannot be."""
+
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # the nucleus; 1 is all of the vocabulary
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1 or not self.temperature >= 0 or not 0 < self.top_p <= 1:
+            limits = "at least 1, at least 0, and above 0 up to 1 are possible"
+            raise ValueError(f"{self}: {limits}")
+
+
+@torch.no_grad()
+def generate_by_definition(
+    model: Llama, ids: list[int], stops: set[int], sampling: Sampling, draws: torch.Tensor
+) -> list[int]:
+    """The reply to one conversation, every token from a whole pass over all that stands before it.
+
+    ids: the conversation; stops: the ids that end a reply; draws (N,): a number in [0, 1) for each
+    token that may be written.
+    """
+    written: list[int] = []
+    for u in draws:
+        logits = model(torch.tensor([ids + written], device=draws.device))[:, -1]  # (1, V)
+        token = pick(logits, u[None], sampling.temperature, sampling.top_p).item()
+        if token in stops:
+            break
+        written.append(token)
+    return written
+
+
+def pick(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Choose a token of each row: logits (R, V), u (R,) uniform in [0, 1) -> ids (R,).
+
+    The nucleus is the smallest set of most probable tokens (after temperature) whose mass reaches
+    top_p; u picks from it by the inverse of its cumulative distribution. Source: Holtzman et al.
+    2020, Eq. 2.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)  # (R, V)
+    p = p * (p.cumsum(-1) - p < top_p)  # the mass before a token decides, so the first always stays
+    mass = p.cumsum(-1)
+    place = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+    last = (p > 0).sum(-1, keepdim=True) - 1  # -1 where the logits are not numbers
+    place = place.minimum(last).clamp(min=0)
+    return order.gather(1, place)[:, 0]
+
+
+# ------------------------------------------------------------------------------------- speaking
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model that speaks, with so many conversations in flight."""
+
+    model: Llama
+    chat: Chat
+    slots: int = 64
+
+    @torch.no_grad()
+    def speak(
+        self, conversations: list[list[dict]], sampling: Sampling, seeds=None, partly=False
+    ) -> Iterator[tuple[int, str, bool]]:
+        """Yield (conversation, its reply, whether it ended by itself) as replies are finished.
+
+        Same as generate_by_definition, without reading anything twice. seeds: one a conversation
+        (None: its place). partly: also yield what is written so far of each, with False.
+        Raises: ValueError if a conversation leaves no room in the context, and when logits are
+        not finite.
+        """
+        rows = self.rows(conversations, sampling, seeds)
+        if not rows:
+            return
+        batch = Batch(self.model, rows, self.chat.stops, sampling, self.slots)
+        waiting = deque(rows)
+        while waiting or batch.busy():
+            free = batch.free()
+            # to read a prompt all rows stop, so that is done for a quarter of the slots at a time
+            if waiting and (len(free) * 4 >= batch.slots or not batch.busy()):
+                slots = free[: len(waiting)]
+                batch.start([waiting.popleft() for _ in slots], slots)
+            else:
+                batch.advance()
+            for row, ids, ended in batch.collect():
+                yield row.number, self.chat.decode(ids).strip(), ended
+            if partly:
+                for row, ids in batch.unfinished():
+                    yield row.number, self.chat.decode(ids).strip(), False
+            if not waiting:
+                batch.shrink()
+
+    def fits(self, messages: list[dict], max_new_tokens: int) -> bool:
+        """Does a whole reply still fit the context after these messages?"""
+        read = len(self.chat.encode(messages, reply=True)[0])
+        return read + max_new_tokens <= self.chat.context
+
+    def rows(self, conversations, sampling: Sampling, seeds: list[int] | None) -> list["Row"]:
+        """What is to be read and drawn; ValueError if there is no room for one token."""
+        rows = []
+        seeds = range(len(conversations)) if seeds is None else seeds
+        for number, (messages, seed) in enumerate(zip(conversations, seeds, strict=True)):
+            ids = self.chat.encode(messages, reply=True)[0]
+            room = min(sampling.max_new_tokens, self.chat.context - len(ids))
+            if room < 1:
+                raise ValueError(
+                    f"a conversation of {len(ids)} tokens leaves no room in the model's context of "
+                    f"{self.chat.context}; shorten the prompt or lower --max-turns"
+                )
+            draws = torch.rand(
+                sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed)
+            )
+            rows.append(Row(number, ids, draws[:room]))
+        return rows
+
+
+def say(voice, conversations: list[list[dict]], sampling: Sampling, seeds=None) -> list[str]:
+    """The replies of a voice, or of a server, in the order of the conversations."""
+    texts = [""] * len(conversations)
+    for number, text, _ in voice.speak(conversations, sampling, seeds):
+        texts[number] = text
+    return texts
+
+
+def generate(
+    model: Llama, chat: Chat, conversations: list[list[dict]],
+    max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+) -> list[str]:  # fmt: skip
+    """Write the assistant's next turn of every conversation; number i draws from seed + i.
+
+    Raises: ValueError as Voice.speak does.
+    """
+    seeds = [seed + number for number in range(len(conversations))]
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    return say(Voice(model, chat), conversations, sampling, seeds)
+
+
+# ---------------------------------------------------------------------------------------- batch
+
+
+@dataclass
+class Row:
+    """One conversation and the room for its reply."""
+
+    number: int
+    ids: list[int]
+    draws: torch.Tensor  # (room,) in [0, 1), one for each token that may be written
+
+
+def shared_prefix(prompts: list[list[int]]) -> int:
+    """Tokens that all prompts begin with, leaving each one of its own; 0 if not worth it."""
+    if len(prompts) < 2:
+        return 0
+    first = min(prompts)
+    last = max(prompts)  # in lexical order no two can differ earlier than these
+    pairs = enumerate(zip(first, last, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), len(first))
+    same = min(same, min(map(len, prompts)) - 1)
+    return same if same >= 16 else 0
+
+
+class Batch:
+    """The conversations in flight, each in a slot of the cache.
+
+    What choosing a token needs lies on the device, so that a GPU is not asked after every token:
+
+        last, live, count, room   (R,) the token to feed, 1 while the row goes on, tokens written
+                                  and allowed
+        written, draws            (R, most + 1) the tokens, and for each a number to pick it by
+
+    On the host: seat[slot] is the Row that sits there, or None.
+    """
+
+    STATE = ("last", "live", "count", "room", "written", "draws")
+
+    def __init__(self, model: Llama, rows: list[Row], stops, sampling: Sampling, slots: int):
+        embedding = model.model.embed_tokens.weight
+        self.model = model
+        self.sampling = sampling
+        self.device = embedding.device
+        self.dtype = embedding.dtype
+        self.P = shared_prefix([row.ids for row in rows])
+        self.prefix = prefill(model, rows[0].ids[: self.P]) if self.P else None
+        length = max(len(row.ids) - self.P + len(row.draws) for row in rows)
+        self.slots = min(slots, len(rows))
+        self.cache = self.new_cache(self.slots, length)
+        self.seat: list[Row | None] = [None] * self.slots
+        self.stops = torch.tensor(sorted(stops), device=self.device)
+        for name in ("last", "live", "count", "room"):
+            setattr(self, name, torch.zeros(self.slots, dtype=torch.int64, device=self.device))
+        width = max(len(row.draws) for row in rows) + 1  # the last takes what follows a row's end
+        self.written = torch.zeros(self.slots, width, dtype=torch.int64, device=self.device)
+        self.draws = torch.zeros(self.slots, width, device=self.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.every = torch.arange(self.slots, device=self.device)
+        self.graphs: dict[int, Callable] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        return KVCache(self.model.config, batch, length, self.device, self.dtype, self.prefix)
+
+    def busy(self) -> list[int]:
+        """Slots with a row in flight."""
+        return [slot for slot, row in enumerate(self.seat) if row is not None]
+
+    def free(self) -> list[int]:
+        """Slots without one."""
+        return [slot for slot, row in enumerate(self.seat) if row is None]
+
+    def start(self, rows: list[Row], slots: list[int]) -> None:
+        """Seat new rows, read their own prompts, and take their first tokens."""
+        longest = max(len(row.ids) - self.P for row in rows)
+        scores = longest * (self.P + longest)  # of a row and head
+        group = max(1, min(PREFILL_TOKENS // longest, PREFILL_SCORES // scores))
+        for first in range(0, len(rows), group):
+            some = rows[first : first + group]
+            seats = slots[first : first + group]
+            logits, fresh = self.read([row.ids[self.P :] for row in some])
+            self.cache.put(seats, fresh)
+            index = torch.tensor(seats, device=self.device)
+            self.live[index] = 1
+            self.count[index] = 0
+            self.room[index] = torch.tensor([len(row.draws) for row in some], device=self.device)
+            draws = pad_sequence([row.draws for row in some], batch_first=True).to(self.device)
+            self.draws[index, : draws.size(1)] = draws
+            for slot, row in zip(seats, some, strict=True):
+                self.seat[slot] = row
+            self.take(logits, index)
+
+    def read(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache]:
+        """Read prompts in one pass -> logits (n, V) after the last token of each, their cache."""
+        counts = [len(ids) for ids in prompts]
+        longest = max(counts)
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
+        ends = torch.tensor(counts, device=self.device)[:, None] - 1
+        fresh = self.new_cache(len(prompts), longest)
+        at_end = torch.arange(longest, device=self.device) == ends
+        logits = self.model(padded.to(self.device), fresh, at=at_end)
+        fresh.advance(counts)
+        return logits, fresh
+
+    def take(self, logits: torch.Tensor, slots: torch.Tensor) -> None:
+        """Choose and note the next token of these slots, logits (n, V); end those that it ends."""
+        count = self.count[slots]
+        u = self.draws[slots, count]
+        token = pick(logits, u, self.sampling.temperature, self.sampling.top_p)
+        more = self.live[slots].bool() & (token[:, None] != self.stops).all(-1)
+        self.written[slots, count] = token
+        self.last[slots] = token
+        self.count[slots] = count + more
+        self.live[slots] = (more & (count + 1 < self.room[slots])).long()
+        self.finite &= logits.amax(-1).isfinite().all()
+
+    def next_token(self) -> None:
+        """Feed the last token of every slot and take the next. Nothing here waits for the device.
+
+        A slot without a live row computes along, but what it writes is never read.
+        """
+        logits = self.model(self.last[:, None], self.cache)[:, -1]
+        self.cache.lengths += self.live
+        self.take(logits, self.every)
+
+    def advance(self) -> None:
+        """Write a burst of tokens in every slot, on a GPU as replays of a captured CUDA graph.
+
+        Same as a loop over next_token. A graph has fixed shapes, so there the keys in sight grow
+        in strides, with a graph for each. The first token of a stride is written without one,
+        since what that compiles cannot be captured.
+        """
+        burst = BURST[self.device.type]
+        sight = self.longest + burst
+        if burst > 1:
+            sight = -(-sight // STRIDE) * STRIDE  # rounded up
+        self.cache.bound = min(sight, self.cache.k.size(3)) - 1
+        for _ in range(burst):
+            self.graphs.get(sight, self.next_token)()
+            if burst > 1 and sight not in self.graphs:
+                self.graphs[sight] = capture(self.next_token, self.pool)
+
+    def collect(self) -> list[tuple[Row, list[int], bool]]:
+        """Rows that have ended: (row, its ids, whether by itself). Their slots are free again.
+
+        Raises: ValueError if the model's logits were not finite.
+        """
+        live, count = torch.stack((self.live, self.count)).tolist()  # here we wait for the device
+        if not self.finite:
+            raise ValueError("the model's logits are not finite; is the checkpoint damaged?")
+        ended = [slot for slot in self.busy() if not live[slot]]
+        found = []
+        for slot, ids in zip(ended, self.written[ended].tolist(), strict=True):
+            row = self.seat[slot]
+            self.seat[slot] = None
+            found.append((row, ids[: count[slot]], count[slot] < len(row.draws)))
+        lengths = [len(self.seat[slot].ids) - self.P + count[slot] - 1 for slot in self.busy()]
+        self.longest = max(lengths, default=0)  # tokens of a row in the cache
+        return found
+
+    def unfinished(self) -> list[tuple[Row, list[int]]]:
+        """Rows in flight and what they have written so far."""
+        slots = self.busy()
+        return [
+            (self.seat[slot], self.written[slot, : self.count[slot]].tolist()) for slot in slots
+        ]
+
+    def shrink(self) -> None:
+        """Drop empty slots once they are the majority; only when no row is waiting for them."""
+        used = self.busy()
+        if used and 2 * len(used) <= self.slots:
+            self.cache.keep(used)
+            for name in self.STATE:
+                setattr(self, name, getattr(self, name)[used])
+            self.seat = [self.seat[slot] for slot in used]
+            self.slots = len(used)
+            self.every = self.every[: self.slots]
+            self.graphs = {}
+
+
+def capture(work: Callable, pool) -> Callable:
+    """Some work on the device as one CUDA graph, launched at once instead of kernel by kernel.
+
+    The graphs of a batch share a pool of memory: what one allocates does not outlive its replay. On
+    a CPU, where there is no pool, the work itself.
+    """
+    if pool is None:
+        return work
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph.replay

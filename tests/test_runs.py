@@ -1,0 +1,96 @@
+"""The run folder's files: what is written is read back, and no crash or link leaves half a file."""
+
+import pytest
+
+from runs import Record, append_record, read_records, replacing, split_records, write_text
+
+# --------------------------------------------------------------------------------------- records
+
+
+def test_records_survive_the_file(tmp_path):
+    """What is appended is read back equal, in order of index, line ends inside texts included."""
+    path = tmp_path / "data.jsonl"
+    records = [Record(1, "é\nx", ["a", "b\n", "c"], "s", "r", seconds=0.5), Record(0, "y")]
+    for record in records:
+        append_record(path, record)
+    assert read_records(path) == records[::-1]
+
+
+@pytest.mark.parametrize("end", ['{"index": 2, "pseu', '{"index": 2}\n', "\x00\x00\n"])
+def test_a_corrupt_last_line_is_dropped(tmp_path, end):
+    """A last line that a crash cut short is dropped, and the file is whole again."""
+    path = tmp_path / "data.jsonl"
+    append_record(path, Record(0, "x"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + end.encode())
+    assert [record.index for record in read_records(path)] == [0]
+    assert path.read_bytes() == whole
+
+
+def test_a_corrupt_middle_line_is_an_error_with_its_number(tmp_path):
+    """Damage that no crash explains is not repaired silently."""
+    path = tmp_path / "data.jsonl"
+    for i in range(3):
+        append_record(path, Record(i, "x"))
+    lines = path.read_text().splitlines(True)
+    path.write_text(lines[0] + "{broken\n" + lines[2])
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="line 2"):
+        read_records(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("there", "samples", "held_out", "expected"),
+    [(10, 6, 4, (6, 4)), (10, 3, 4, (3, 4)), (9, 6, 4, (6, 3)), (2, 6, 4, (1, 1))],
+)
+def test_split_takes_what_is_asked_and_the_last_are_held_out(there, samples, held_out, expected):
+    """Never more than --samples for training; with too few records a third at most is held out."""
+    records = [Record(i, f"x{i}") for i in range(there)]
+    training, held = split_records(records, samples, held_out)
+    assert (len(training), len(held)) == expected
+    assert training == records[: len(training)]
+    assert held == records[-len(held) :]
+
+
+# --------------------------------------------------------------------------------- replaced files
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A file with old content, alone in its folder."""
+    path = tmp_path / "run" / "file.txt"
+    path.parent.mkdir()
+    path.write_text("old")
+    return path
+
+
+def test_a_file_is_replaced_at_once(path):
+    """Until the block has ended the old file is there, afterwards the new one, alone."""
+    with replacing(path) as beside:
+        beside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_whole(path, error):
+    """A write that fails half-way, or is interrupted, changes nothing and leaves nothing beside."""
+    with pytest.raises(error):
+        with replacing(path) as beside:
+            beside.write_text("ne")
+            raise error
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["symbolic", "hard"])
+def test_a_link_beside_is_not_followed(path, tmp_path, hard):
+    """Where NAME.new is a link, its target keeps its content, and the new file is no link."""
+    target = tmp_path / "target.txt"
+    target.write_text("not yours")
+    beside = path.with_name("file.txt.new")
+    beside.hardlink_to(target) if hard else beside.symlink_to(target)
+    write_text(path, "new")
+    assert target.read_text() == "not yours"
+    assert path.read_text() == "new" and not path.is_symlink()
+    assert list(path.parent.iterdir()) == [path]

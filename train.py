@@ -1,0 +1,273 @@
+"""Training: one optimiser step, the loop around it, checkpoints, and several processes.
+
+A step takes a batch of samples, each an SFT and a PG sequence (loss.py), and descends
+
+    L = (1 - lam) * sum PG nats / PG tokens + lam * sum SFT nats / SFT tokens
+
+where the sums run over the whole batch. Micro-batches and processes only share out the sum, so
+that neither their size nor their number changes the gradient.
+
+Everything that a step depends on is in its number, the seed and the last checkpoint: the rate, the
+order of the samples, the noise of dropout. So a training that was interrupted anywhere and begun
+again ends with the same bits (on one CPU).
+
+Left out: sharding the model, mixed precision beyond that of its weights. Source: GenPI section 4
+and C.4, QLoRA (arXiv 2305.14314).
+"""
+
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import safetensors
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import lora
+from loss import IGNORE, Sequence, joint_loss, sequence_nll
+from model import Llama
+from runs import append_row, hash_seed, read_metrics, replacing, write_rows
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the adapter is trained; the defaults are the paper's, or QLoRA's where it is silent."""
+
+    lam: float = 0.7  # weight of SFT; 1 is SFT alone, 0 is PG alone
+    epochs: int = 10
+    batch: int = 32  # samples of an optimiser step
+    lr: float = 1e-4  # peak rate of AdamW
+    warmup: float = 0.03  # share of the steps with a rising rate
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest gradient norm
+    seed: int = 0
+    micro_tokens: int = 2048  # padded tokens of a forward pass
+    save_every: int = 20  # steps between checkpoints
+
+
+# ----------------------------------------------------------------------------------------- a step
+
+
+def train_step(
+    model: Llama, optimizer, sft: list[Sequence], pg: list[Sequence], recipe: Recipe
+) -> tuple[float, float, float]:
+    """One optimiser step on a batch -> mean sft and pg loss (nats/token), gradient norm.
+
+    The gradients of micro-batches, and of processes that share the batch, add up to that of
+    joint_loss(sum sft / N_sft, sum pg / N_pg). Source: GenPI Eq. 4.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    parameters = lora.adapter_parameters(model)
+    means = torch.zeros(2, device=parameters[0].device)
+    for term, sequences in enumerate((sft, pg)):
+        n_tokens = sum(sequence.n_targets for sequence in sequences)
+        for ids, labels in micro_batches(own_share(sequences), recipe.micro_tokens, means.device):
+            losses = [0.0, 0.0]  # a micro-batch is part of one of the two means
+            losses[term] = sequence_nll(model, ids, labels) / n_tokens
+            joint_loss(*losses, recipe.lam).backward()
+            means[term] += losses[term].detach()
+    add_up(parameters, means)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    return *means.tolist(), norm
+
+
+def micro_batches(sequences: list[Sequence], tokens: int, device) -> Iterator[tuple]:
+    """Yield (ids, labels) (B, T), right-padded, of at most `tokens` padded tokens, longest first.
+
+    Like lengths share a micro-batch, so that little is padding; a longer sequence goes alone.
+    """
+    rest = sorted(sequences, key=lambda s: len(s.ids), reverse=True)
+    while rest:
+        T = len(rest[0].ids)
+        rows = max(1, tokens // T)
+        ids = [s.ids + [0] * (T - len(s.ids)) for s in rest[:rows]]
+        labels = [s.labels + [IGNORE] * (T - len(s.labels)) for s in rest[:rows]]
+        yield torch.tensor(ids, device=device), torch.tensor(labels, device=device)
+        rest = rest[rows:]
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def train(
+    model: Llama, sft: list[Sequence], pg: list[Sequence], recipe: Recipe, folder: Path
+) -> None:
+    """Train the adapter on pairs of sequences, from the checkpoint in `folder` if there is one.
+
+    An interrupt costs the steps since the last checkpoint: half a step is never saved. Raises:
+    ValueError for a checkpoint that does not fit, and when a loss is not finite.
+    """
+    rank, _ = team()
+    parameters = lora.adapter_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
+    order = sample_order(len(sft), recipe.epochs, recipe.seed)
+    steps = math.ceil(len(order) / recipe.batch)
+    done = load_checkpoint(folder, model, optimizer)
+    if rank == 0:
+        forget_metrics(folder / "metrics.jsonl", after=done)
+    model.train()
+    progress = tqdm(
+        range(done, steps), f"{'training':<18}", total=steps, initial=done, unit="step",
+        dynamic_ncols=True, disable=rank > 0,
+    )  # fmt: skip
+    for step in progress:
+        clock = time.perf_counter()
+        samples = order[step * recipe.batch : (step + 1) * recipe.batch]
+        sft_batch = [sft[i] for i in samples if recipe.lam > 0]
+        pg_batch = [pg[i] for i in samples if recipe.lam < 1]
+        rate = learning_rate(step, steps, recipe)
+        optimizer.param_groups[0]["lr"] = rate
+        torch.manual_seed(hash_seed(recipe.seed, "dropout", step, rank))  # its noise is its own
+        losses = train_step(model, optimizer, sft_batch, pg_batch, recipe)
+        check_finite(losses, step, recipe, folder)
+        if rank > 0:  # the first process keeps the books
+            continue
+        row = {"step": step + 1, "sft": losses[0], "pg": losses[1], "lr": rate}
+        row |= {"grad_norm": losses[2], "tokens": sum(len(s.ids) for s in sft_batch + pg_batch)}
+        append_row(folder / "metrics.jsonl", row | {"seconds": time.perf_counter() - clock})
+        progress.set_postfix(sft=f"{losses[0]:.3f}", pg=f"{losses[1]:.3f}")
+        if (step + 1) % recipe.save_every == 0 or step + 1 == steps:
+            save_checkpoint(folder, model, optimizer, step + 1)
+    model.eval()
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """Linear warm-up, then a cosine to 0. Source: SGDR (arXiv 1608.03983) Eq. 5."""
+    warm = max(1, round(recipe.warmup * steps))
+    if step < warm:
+        return recipe.lr * (step + 1) / warm
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def sample_order(n: int, epochs: int, seed: int) -> list[int]:
+    """The samples in the order of training: each epoch is a fresh permutation."""
+    order = []
+    for epoch in range(epochs):
+        order += random.Random(f"{seed}-{epoch}").sample(range(n), n)
+    return order
+
+
+def check_finite(losses: tuple, step: int, recipe: Recipe, folder: Path) -> None:
+    """Raise ValueError, with what to change, if a loss or the gradient is not finite."""
+    if not all(map(math.isfinite, losses)):
+        sft, pg, norm = losses
+        raise ValueError(
+            f"step {step + 1}: the loss is {sft:.3g} (SFT), {pg:.3g} (PG), the gradient norm "
+            f"{norm:.3g}; the last good checkpoint stays in {folder}; "
+            f"lower --lr (now {recipe.lr:g}) or --clip ({recipe.clip:g}), with another --out"
+        )
+
+
+# ----------------------------------------------------------------------------------- checkpoints
+
+
+def named_state(model: Llama, optimizer) -> dict[str, Tensor]:
+    """The adapter and both moments of AdamW by name, as views."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            state[name] = p.data
+            for key in ("exp_avg", "exp_avg_sq"):
+                moments = optimizer.state.get(p)  # none before the first step
+                state[f"{name}/{key}"] = moments[key] if moments else torch.zeros_like(p)
+    return state
+
+
+def save_checkpoint(folder: Path, model: Llama, optimizer, step: int) -> None:
+    """Write checkpoint/state.safetensors: all that a step depends on besides flags and data."""
+    path = folder / "checkpoint" / "state.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    state = named_state(model, optimizer)
+    state = {name: t.detach().cpu().contiguous() for name, t in state.items()}
+    with replacing(path) as beside:
+        save_file(state, beside, metadata={"step": str(step)})
+
+
+def load_checkpoint(folder: Path, model: Llama, optimizer) -> int:
+    """Restore adapter and optimiser in place -> the number of steps done, 0 if nothing is saved.
+
+    Raises: ValueError if the file is damaged or of another run.
+    """
+    path = folder / "checkpoint" / "state.safetensors"
+    if not path.exists():
+        return 0
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+        saved = load_file(path)
+        shapes = {name: t.shape for name, t in named_state(model, optimizer).items()}
+        if shapes != {name: t.shape for name, t in saved.items()}:
+            raise ValueError(path)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError):
+        told = f"{path} is no checkpoint of this run; delete it, and the training begins anew"
+        raise ValueError(told) from None
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            p.data.copy_(saved[name])
+            moments = {k: saved[f"{name}/{k}"].to(p.device) for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+    return step
+
+
+def forget_metrics(path: Path, after: int) -> None:
+    """Drop the lines of steps after the checkpoint: they will be done again."""
+    if path.exists():
+        write_rows(path, [row for row in read_metrics(path) if row["step"] <= after])
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def join_team(device: str) -> None:
+    """Meet the other processes if torchrun has started this one; each takes a GPU of its own."""
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        backend = "gloo"
+        if device == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # the others wait while the first one synthesises
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+
+
+def wait_for_team() -> None:
+    """Wait until every process is here; on the CPU, where waiting keeps no GPU busy."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
+def leave_team() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def team() -> tuple[int, int]:
+    """(rank, number of processes): (0, 1) for a process on its own."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def own_share(sequences: list[Sequence]) -> list[Sequence]:
+    """What this process computes of a batch: every n-th sequence in order of length."""
+    rank, n = team()
+    return sorted(sequences, key=lambda s: len(s.ids))[rank::n] if n > 1 else sequences
+
+
+def add_up(parameters: list[torch.nn.Parameter], means: Tensor) -> None:
+    """Replace gradients and losses (2,) by their sums over all processes, in one exchange."""
+    if team()[1] == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([means, *(g.flatten() for g in gradients)])
+    dist.all_reduce(flat)
+    means.copy_(flat[:2])
+    for p, part in zip(parameters, flat[2:].split([g.numel() for g in gradients]), strict=True):
+        p.grad = part.view_as(p)
