@@ -6,7 +6,7 @@ are written down as data below and tested against the models' own templates. enc
     ids and owners are made together, so that ids and loss mask cannot drift apart;
     what a user writes is never a control token, whatever it spells;
     what encode(reply=True) returns is a prefix of the same conversation with the reply;
-    BOS stands once, in front (Llama 2: before every user turn; ChatML, Zephyr: nowhere).
+    BOS stands once, in front (Llama 2: before every user turn; Zephyr and most of ChatML: nowhere).
 
 Left out: tool calls, Jinja. Two departures from templates, because an adapter must mean the same on
 every day and in every turn: where one asks for today's date (Llama 3.2) its fallback date stands,

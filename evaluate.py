@@ -16,15 +16,17 @@ switched on and off.
                  the merged adapter, and after how many requests the training has paid; one
                  request at a time in a plain loop, without the CUDA graph that synthesis uses
 
-Leaves out: a judge model; the measures are those that need nobody's opinion.
+Left out: a judge model; the measures are those that need nobody's opinion.
 """
 
 import argparse
 import math
+import os
 import statistics
 import sys
 import time
 from difflib import SequenceMatcher
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -36,7 +38,7 @@ import runs
 from chat import Chat
 from checkpoint import find_folder
 from model import KVCache, Llama, load_model, prefill
-from prompt import Prompt, Task, conversation, student_messages
+from prompt import Prompt, Task, student_messages
 from runs import Record, Run
 from sampler import Sampling, Voice, say
 from synth import quality
@@ -45,7 +47,6 @@ from train import micro_batches
 RECALLED = 4  # held-out records from which the prompt is asked back
 REPEATS = 5  # break-even: the median of so many requests ...
 DECODED = 32  # ... of so many tokens each
-MICRO_TOKENS = 4096  # nothing is kept for a backward pass, so this fits anywhere
 
 # ------------------------------------------------------------------------------------ measures
 
@@ -63,13 +64,11 @@ def wilson(k: int, n: int, z: float = 1.96) -> dict:
 
 def teacher_sequence(chat: Chat, prompt: Prompt, record: Record) -> loss.Sequence:
     """The conversation with p in the context; the agent's turns after p are the targets."""
-    opening = prompt.teacher(record.pseudo_input)
-    messages = conversation(opening, record.turns)
-    return loss.build_sequence(chat, messages, set(range(len(opening), len(messages), 2)))
+    return loss.turns_sequence(chat, prompt.teacher(record.pseudo_input), record)
 
 
 @torch.no_grad()
-def mean_nll(model: Llama, sequences: list[loss.Sequence], tokens: int = MICRO_TOKENS) -> float:
+def mean_nll(model: Llama, sequences: list[loss.Sequence], tokens: int) -> float:
     """nats/token over all targets."""
     device = next(model.parameters()).device
     batches = micro_batches(sequences, tokens, device)
@@ -77,13 +76,15 @@ def mean_nll(model: Llama, sequences: list[loss.Sequence], tokens: int = MICRO_T
     return nats / sum(sequence.n_targets for sequence in sequences)
 
 
-def nll_of_three(model: Llama, chat: Chat, prompt: Prompt, records: list[Record]) -> dict:
+def nll_of_three(model: Llama, chat: Chat, run: Run, records: list[Record]) -> dict:
     """nats/token of the teacher's turns: base without p, base with p, adapter without p."""
+    tokens = run.micro_tokens
     bare = [loss.sft_sequence(chat, record) for record in records]
-    adapter = mean_nll(model, bare)
+    prompted = [teacher_sequence(chat, run.prompt, record) for record in records]
+    adapter = mean_nll(model, bare, tokens)
     with lora.adapter_off(model):
-        base = mean_nll(model, bare)
-        teacher = mean_nll(model, [teacher_sequence(chat, prompt, record) for record in records])
+        base = mean_nll(model, bare, tokens)
+        teacher = mean_nll(model, prompted, tokens)
     return {"base": base, "teacher": teacher, "adapter": adapter}
 
 
@@ -94,7 +95,7 @@ def gap_closed(nll: dict[str, float]) -> float | None:
 
 
 def same_action(task: Task, ours: str, teachers: str) -> bool:
-    """Does a reply take the teacher's action? Where the teacher took none, the text must be his."""
+    """Does a reply take the teacher's action, or say the same where the teacher took none?"""
     action = task.act(teachers)
     return ours == teachers if action is None else task.act(ours) == action
 
@@ -125,10 +126,11 @@ def recall(voice: Voice, prompt: Prompt, records: list[Record]) -> dict:
     """Ask for p as in training -> matched-token ratio, and each line's nats/token, worst first."""
     chat = voice.chat
     wanted = chat.tokens(prompt.text)
-    asked = [loss.prompt_question(r.pseudo_input, r.student, r.teacher) for r in records]
+    asked = [loss.prompt_question(record) for record in records]
     room = chat.context - max(len(chat.encode(question, reply=True)[0]) for question in asked)
     said = say(voice, asked, Sampling(min(room, len(wanted) + 64)))
-    ratios = [matched_ratio(wanted, chat.tokens(text.split("\n\nReason:")[0])) for text in said]
+    recited = [chat.tokens(text.split(loss.BEFORE_REASON)[0]) for text in said]
+    ratios = [matched_ratio(wanted, tokens) for tokens in recited]
     rows = [line_nll(voice.model, chat, prompt, record) for record in records]
     means = map(statistics.mean, zip(*rows, strict=True))  # of a line over the records
     pairs = zip(prompt_lines(prompt), means, strict=True)
@@ -149,15 +151,8 @@ def line_nll(model: Llama, chat: Chat, prompt: Prompt, record: Record) -> list[f
     asked = targets != loss.IGNORE
     logits = model(torch.tensor([sequence.ids], device=device), at=asked).float()
     nats = F.cross_entropy(logits, targets[asked], reduction="none").tolist()
-    found = []
-    text = ""
-    start = 0  # of a line among the targets
-    for line in prompt_lines(prompt):
-        text += line
-        end = len(chat.tokens(text))
-        found.append(sum(nats[start:end]) / max(1, end - start))
-        start = end
-    return found
+    ends = [len(chat.tokens(text)) for text in accumulate(prompt_lines(prompt))]
+    return [sum(nats[a:b]) / max(1, b - a) for a, b in pairwise([0, *ends])]
 
 
 # ---------------------------------------------------------------------------------- break-even
@@ -166,15 +161,14 @@ def line_nll(model: Llama, chat: Chat, prompt: Prompt, record: Record) -> list[f
 @torch.no_grad()
 def time_request(model: Llama, ids: list[int], prefix: KVCache | None = None) -> dict:
     """Time one greedy request: seconds to its first token and of a later one, medians."""
-    embedding = model.model.embed_tokens.weight
-    device = embedding.device
+    device = model.lm_head.weight.device
     own = torch.tensor([ids], device=device)
     last = torch.zeros_like(own, dtype=torch.bool)
     last[0, -1] = True
     first = []
     later = []
     for _ in range(REPEATS + 1):  # the first request warms up
-        cache = KVCache(model.config, 1, len(ids) + DECODED, device, embedding.dtype, prefix)
+        cache = KVCache(model, 1, len(ids) + DECODED, prefix)
         clock = now(device)
         token = model(own, cache, at=last).argmax(-1)
         cache.advance(len(ids))
@@ -209,7 +203,7 @@ def break_even(
     full = chat.encode(prompt.teacher(x), reply=True)[0]
     bare = chat.encode(student_messages(x), reply=True)[0]
     other = chat.encode(prompt.teacher("\n"), reply=True)[0]  # parts from any x at x's first token
-    shared = next(i for i, (a, b) in enumerate(zip(full, other, strict=False)) if a != b)
+    shared = len(os.path.commonprefix([full, other]))
     times = {}
     with lora.adapter_off(model):
         times["full_prompt"] = time_request(model, full)
@@ -282,7 +276,7 @@ def measure(run: Run, loaded: tuple[Llama, Chat] | None = None) -> dict:
     prompt = run.prompt
     voice = Voice(model, chat, run.slots)
     trainable, total = count_parameters(model)
-    nll = nll_of_three(model, chat, prompt, held_out)
+    nll = nll_of_three(model, chat, run, held_out)
     agree = agreement(voice, run.task, held_out, run.max_new_tokens)
     asked = [r for r in held_out if len(loss.pg_sequence(chat, prompt, r).ids) <= chat.context]
     recited = recall(voice, prompt, asked[:RECALLED]) if asked else None
@@ -302,11 +296,9 @@ def measure(run: Run, loaded: tuple[Llama, Chat] | None = None) -> dict:
 def count_parameters(model: Llama) -> tuple[int, int]:
     """(trainable, total) parameters; an NF4 weight counts as the numbers it stands for."""
     trainable = sum(p.numel() for p in lora.adapter_parameters(model))
-    layers = lora.lora_layers(model).values()
-    linear = sum(layer.in_features * layer.out_features for layer in layers)
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
-    return trainable, trainable + linear + rest
+    with torch.device("meta"):
+        base = sum(p.numel() for p in Llama(model.config).parameters())
+    return trainable, trainable + base
 
 
 def markdown(report: dict, name: str) -> str:

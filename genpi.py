@@ -2,9 +2,16 @@
 
     python genpi.py --prompt os.txt
 
-synthesises pseudo inputs, conversations, student outputs and reasons (synth.py), trains an adapter
-on an NF4-quantised base with the joint loss (loss.py, train.py), and reports how much was
-internalised (evaluate.py). This file is the command: its flags, the run, and --chat.
+does all of it, on a base model quantised to NF4:
+
+    x        = pseudo inputs that a generator invents for p                        synth.py
+    yT, env  = role-play: the model with p, and the model as the environment
+    yS       = what the model says to x without p
+    r        = the generator's reason why p turns yS into yT
+    adapter  = argmin  lam * nll(yT | x, env) + (1 - lam) * nll(p, r | x, yS, yT)  loss.py, train.py
+    report   = how much was internalised, and does it pay?                         evaluate.py
+
+This file is the command: the run, --chat, and the flags.
 
 Departures from the paper, each with its reason:
   * each term of the loss is a mean over all target tokens of the batch, not over micro-batches, so
@@ -19,11 +26,10 @@ Departures from the paper, each with its reason:
   * the environment is opened by a user turn ("Start a new conversation."), since most chat formats
     cannot begin with the assistant.
 
-Source: arXiv 2411.15927 (NAACL 2025).
+Left out: configuration files, sweeps; one command is one adapter. Source: arXiv 2411.15927.
 """
 
 import argparse
-import gc
 import math
 import os
 import re
@@ -52,10 +58,6 @@ from synth import WAVE, Plan, print_quality, quality, synthesise
 from train import Recipe, join_team, leave_team, team, train, wait_for_team
 
 HERE = Path(__file__).resolve().parent
-PAPER = {
-    "samples": 1000, "held_out": 100, "epochs": Recipe.epochs, "batch": Recipe.batch,
-    "lr": Recipe.lr, "max_new_tokens": 512,
-}  # fmt: skip
 # The embedded model is 4,000 times smaller than the paper's: a higher rate, and less of all else.
 EMBEDDED = {
     "samples": 192, "held_out": 50, "epochs": 4, "batch": 8, "lr": 3e-3, "max_new_tokens": 128,
@@ -81,7 +83,6 @@ def internalise(args) -> None:
             lora.save_adapter(model, args.out, base_model=args.model)
     leave_team()
     if first:
-        gc.collect()  # gradients and optimiser
         report(args.out, (model, chat))
 
 
@@ -225,7 +226,8 @@ def talk(folder: Path, device: str | None) -> None:
         if said == "/quit":
             return
         if said in ("/base", "/prompt", "/adapter", "/new"):
-            mode = mode if said == "/new" else said[1:]
+            if said != "/new":
+                mode = said[1:]
             turns = []  # a mode begins anew
         elif said.startswith("/"):
             print(HELP)
@@ -238,7 +240,7 @@ def talk(folder: Path, device: str | None) -> None:
                     reply = say_aloud(Voice(model, chat), messages, run.max_new_tokens)
                 turns += [said, reply]
             except ValueError as error:
-                print(f"{error}; or begin another with /new")
+                print(f"{str(error).partition(';')[0]}; begin another with /new")
 
 
 def say_aloud(voice: Voice, messages: list[dict], limit: int) -> str:
@@ -286,7 +288,7 @@ def utf8(text: str) -> str:
     return text
 
 
-def device(name: str) -> str:
+def device_flag(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         cure = "use --device cpu or install a CUDA build of torch"
         raise argparse.ArgumentTypeError(f"PyTorch sees no CUDA device for --device cuda; {cure}")
@@ -298,7 +300,7 @@ HOST = r"[\w-]+(?:\.[\w-]+)*|\[[\da-f:]+\]"
 URL = re.compile(rf"https?://(?:{HOST})(?::(\d{{1,5}}))?(?:/[\w.~-]+)+/?", re.ASCII)
 
 
-def generator(name: str) -> str:
+def generator_flag(name: str) -> str:
     """The argparse type of --generator: a folder, a Hub id, or the URL of a server."""
     found = URL.fullmatch(utf8(name))
     if "://" in name and not (found and 0 < int(found[1] or 80) < 2**16):
@@ -323,11 +325,11 @@ def build_parser() -> Flags:
     add("--out", type=Path, help="run folder; None: runs/NAME of the prompt file")
     add("--chat", type=Path, metavar="RUN", help="talk to the model of a finished run instead")
     add = parser.add_argument_group("models").add_argument
-    add("--model", type=utf8, help="folder or Hub id; None: the embedded model, with its preset")
-    add("--generator", type=generator, help="folder, Hub id or URL (http://HOST:PORT/v1) of the "
-        "writer of inputs and reasons; None: --model")
+    add("--model", type=utf8, help="folder or Hub id; None: tiny/, with a preset of its own")
+    add("--generator", type=generator_flag, help="folder, Hub id or URL (http://HOST:PORT/v1) of "
+        "the writer of inputs and reasons; None: --model")
     add("--bits", type=int, choices=(4, 16), default=4, help="4: NF4 (QLoRA); 16: not quantised")
-    add("--device", type=device, choices=("cpu", "cuda"), help="None: cuda if there is one")
+    add("--device", type=device_flag, choices=("cpu", "cuda"), help="None: cuda if there is one")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of everything that is drawn")
     add = parser.add_argument_group(
         "a server as --generator", "any with OpenAI's chat completions; OPENAI_API_KEY is its key",
@@ -337,10 +339,10 @@ def build_parser() -> Flags:
     add("--concurrency", type=WHOLE, default=16, help=f"requests in flight; {WAVE} at most help")
     add("--timeout", type=number(float, 0.1, 86400), default=300.0, help="seconds for an answer")
     add = parser.add_argument_group("synthesis (GenPI section 5)").add_argument
-    add("--samples", type=WHOLE, default=PAPER["samples"], help="pseudo inputs to train on")
-    add("--held-out", type=WHOLE, default=PAPER["held_out"], help="more of them, for the report")
+    add("--samples", type=WHOLE, default=1000, help="pseudo inputs to train on")
+    add("--held-out", type=WHOLE, default=100, help="more of them, for the report")
     add("--max-turns", type=WHOLE, help="agent turns of a conversation; None: the task's (any: 1)")
-    add("--max-new-tokens", type=WHOLE, default=PAPER["max_new_tokens"],
+    add("--max-new-tokens", type=WHOLE, default=512,
         help="limit of one turn and of a reason")
     add("--slots", type=WHOLE, default=64, help="conversations sampled at a time")
     training_flags(parser)
@@ -350,10 +352,10 @@ def build_parser() -> Flags:
 def training_flags(parser: Flags) -> None:
     add = parser.add_argument_group("training (GenPI section 4 and C.4, QLoRA)").add_argument
     add("--lam", type=SHARE, default=Recipe.lam, help="weight of SFT; 1: SFT alone, 0: PG alone")
-    add("--epochs", type=number(int, 1, 10_000), default=PAPER["epochs"],
+    add("--epochs", type=number(int, 1, 10_000), default=Recipe.epochs,
         help="passes over the samples")
-    add("--batch", type=WHOLE, default=PAPER["batch"], help="samples of an optimiser step")
-    add("--lr", type=number(float, 1e-12, 1), default=PAPER["lr"], help="peak rate of AdamW")
+    add("--batch", type=WHOLE, default=Recipe.batch, help="samples of an optimiser step")
+    add("--lr", type=number(float, 1e-12, 1), default=Recipe.lr, help="peak rate of AdamW")
     add("--warmup", type=SHARE, default=Recipe.warmup, help="share of steps with a rising rate")
     add("--weight-decay", type=SHARE, default=Recipe.weight_decay, help="of AdamW")
     add("--clip", type=number(float, 1e-12, 1e12), default=Recipe.clip, help="of the gradient norm")
@@ -380,7 +382,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args.out = args.out or Path("runs") / args.prompt.stem
     if not args.chat:  # there the run knows
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.generator_model is not None and "://" not in (args.generator or ""):
+    if not args.chat and args.generator_model and "://" not in (args.generator or ""):
         needs = "needs the URL of a server as --generator"
         raise ValueError(f"--generator-model {args.generator_model} {needs}")
     return args

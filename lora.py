@@ -189,11 +189,11 @@ def merge(
             weight.copy_(weight.float() + delta)  # added in float32, rounded once
             model.set_submodule(name, layer.base)
     if folder is not None:
-        _save_checkpoint(model, Path(folder), Path(source), config)
+        _save_merged(model, Path(folder), Path(source), config)
     return model
 
 
-def _save_checkpoint(model: nn.Module, folder: Path, source: Path, config: dict) -> None:
+def _save_merged(model: nn.Module, folder: Path, source: Path, config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # A shared parameter is listed once, so a tied lm_head is left out, as its format asks for.
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}

@@ -4,9 +4,10 @@
     L_PG  = - log P(p, r | x, yS_0, yT_0)                the model writes p and r      Eq. 3
     L     = (1 - lam) L_PG + lam L_SFT                   lam = 0.7                     Eq. 4
 
-Eq. 2 and 3 are token_nll of a sequence, whose labels say what is a target: the agent's turns, or p
-and r, each with its end-of-turn token, for the model must also learn to stop. Here they are sums;
-train_step divides each, once, by the target tokens of the whole batch.
+where env_i is what the environment said before yT_i. Eq. 2 and 3 are token_nll of a sequence, whose
+labels say what is a target: the agent's turns, or p and r, each with its end-of-turn token, for the
+model must also learn to stop. Here they are sums; train_step divides each, once, by the target
+tokens of the whole batch.
 
 Left out: cutting a target. The authors' code stops p and r at 512 tokens, ours are whole or absent.
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from chat import Chat
 from model import Llama
-from prompt import ASSISTANT, Prompt, conversation, message, student_messages
+from prompt import Prompt, conversation, student_messages
 from runs import Record
 
 IGNORE = -100  # a label that carries no loss
@@ -47,9 +48,9 @@ def token_nll(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     divided: whoever sums over micro-batches divides once. Source: GenPI Eq. 2 and 3.
     """
     targets = next_tokens(labels)
-    asked = targets != IGNORE
-    nats = F.cross_entropy(logits[asked].float(), targets[asked], reduction="sum")
-    return nats, asked.sum()
+    is_target = targets != IGNORE
+    nats = F.cross_entropy(logits[is_target].float(), targets[is_target], reduction="sum")
+    return nats, is_target.sum()
 
 
 def joint_loss(sft, pg, lam: float):
@@ -82,44 +83,49 @@ def build_sequence(chat: Chat, messages: list[dict], targets: set[int]) -> Seque
     return Sequence(ids, labels)
 
 
+def turns_sequence(chat: Chat, opening: list[dict], record: Record) -> Sequence:
+    """The conversation after `opening`; the agent's turns behind it are the targets."""
+    messages = conversation(opening, record.turns)
+    return build_sequence(chat, messages, set(range(len(opening), len(messages), 2)))
+
+
 def sft_sequence(chat: Chat, record: Record) -> Sequence:
     """The conversation without p; every agent turn is a target. Source: GenPI Eq. 2."""
-    messages = conversation(student_messages(record.pseudo_input), record.turns)
-    agent = {i for i, m in enumerate(messages) if m["role"] == "assistant"}
-    return build_sequence(chat, messages, agent)
+    return turns_sequence(chat, student_messages(record.pseudo_input), record)
 
 
 QUESTION = """A user wrote:
 
-{x}
+{record.pseudo_input}
 
 Without a prompt you replied:
 
-{student}
+{record.student}
 
 With a prompt you replied:
 
-{teacher}
+{record.teacher}
 
 Write out that prompt, and after it the reason why it changed your reply."""
 
 
-def prompt_question(x: str, student: str, teacher: str) -> list[dict]:
+BEFORE_REASON = "\n\nReason:"
+
+
+def prompt_question(record: Record) -> list[dict]:
     """The question of L_PG: which prompt turned yS_0 into yT_0?"""
-    text = QUESTION.format(x=x, student=student, teacher=teacher)
-    return [message("system", ASSISTANT), message("user", text)]
+    return student_messages(QUESTION.format(record=record))
 
 
-def pg_messages(prompt: Prompt, x: str, student: str, teacher: str, reason: str) -> list[dict]:
+def pg_messages(prompt: Prompt, record: Record) -> list[dict]:
     """The question and its answer: all of p, then r."""
-    answer = message("assistant", f"{prompt.text}\n\nReason: {reason}")
-    return [*prompt_question(x, student, teacher), answer]
+    answer = f"{prompt.text}{BEFORE_REASON} {record.reason}"
+    return conversation(prompt_question(record), [answer])
 
 
 def pg_sequence(chat: Chat, prompt: Prompt, record: Record) -> Sequence:
     """p and r after x, yS_0 and yT_0; p and r are the target. Source: GenPI Eq. 3."""
-    texts = record.pseudo_input, record.student, record.teacher, record.reason
-    messages = pg_messages(prompt, *texts)
+    messages = pg_messages(prompt, record)
     return build_sequence(chat, messages, {len(messages) - 1})
 
 
@@ -133,8 +139,9 @@ def sequence_nll(model: Llama, ids: Tensor, labels: Tensor) -> Tensor:
     where there is a target, a slice at a time.
     """
     targets = next_tokens(labels)
-    asked = targets != IGNORE
-    return SlicedNLL.apply(model.hidden(ids, at=asked), model.lm_head.weight, targets[asked])
+    is_target = targets != IGNORE
+    x = model.hidden(ids, at=is_target)  # (N, D)
+    return SlicedNLL.apply(x, model.lm_head.weight, targets[is_target])
 
 
 class SlicedNLL(torch.autograd.Function):

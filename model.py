@@ -139,15 +139,12 @@ def prefix_attention(
     into the queries. Row by row it would be B thin products that each read the P keys again, and
     reading keys is what generation waits for. One softmax over both parts makes it plain attention.
     """
-    B, K, Q, hd = q.shape
     P = prefix_k.size(1)
-    q = q * hd**-0.5
-    folded = q.transpose(0, 1).reshape(K, B * Q, hd)
-    on_prefix = (folded @ prefix_k.transpose(1, 2)).view(K, B, Q, P).transpose(0, 1)
+    q = q * q.size(-1) ** -0.5
+    on_prefix = torch.einsum("bkqd,kpd->bkqp", q, prefix_k)
     on_own = q @ k.transpose(2, 3) + mask  # (B, K, Q, S)
     weights = torch.cat((on_prefix, on_own), -1).softmax(-1)
-    folded = weights[..., :P].transpose(0, 1).reshape(K, B * Q, P)
-    from_prefix = (folded @ prefix_v).view(K, B, Q, hd).transpose(0, 1)
+    from_prefix = torch.einsum("bkqp,kpd->bkqd", weights[..., :P], prefix_v)
     return from_prefix + weights[..., P:] @ v
 
 
@@ -177,7 +174,10 @@ def rope_frequencies(config: Config) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + hd/2}) of x (B, H, T, hd); sin is signed, see Decoder.rope."""
+    """Turn the pairs (x_i, x_{i + hd/2}) of x (B, H, T, hd); sin is signed, see Decoder.rope.
+
+    Same as cat(x1 cos - x2 sin, x2 cos + x1 sin) of the halves x1 and x2, in three operations.
+    """
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -319,13 +319,14 @@ class KVCache:
     prefix   a filled cache of one row, which every row sees before its own tokens, or None
     """
 
-    def __init__(self, config: Config, batch: int, length: int, device, dtype, prefix=None):
+    def __init__(self, model: Llama, batch: int, length: int, prefix: "KVCache | None" = None):
         assert prefix is None or (len(prefix.lengths) == 1 and prefix.prefix is None)
-        shape = (batch, config.num_key_value_heads, length, config.head_dim)
+        c = model.config
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
         # zeros, not empty: what the mask hides gets weight 0, but 0 * nan would be nan
-        self.k = torch.zeros(config.num_hidden_layers, *shape, device=device, dtype=dtype)
+        self.k = model.model.embed_tokens.weight.new_zeros(shape)  # its device and type
         self.v = torch.zeros_like(self.k)
-        self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
+        self.lengths = torch.zeros(batch, device=self.k.device, dtype=torch.int64)
         self.bound = 0
         self.prefix = prefix
 
@@ -354,9 +355,8 @@ class KVCache:
 @torch.no_grad()
 def prefill(model: Llama, ids: list[int]) -> KVCache:
     """Read ids into a cache of one row, for use as the prefix of others."""
-    embedding = model.model.embed_tokens.weight
-    cache = KVCache(model.config, 1, len(ids), embedding.device, embedding.dtype)
-    for part in torch.tensor([ids], device=embedding.device).split(PREFILL, dim=1):
+    cache = KVCache(model, 1, len(ids))
+    for part in torch.tensor([ids], device=cache.k.device).split(PREFILL, dim=1):
         model.hidden(part, cache)
         cache.advance(part.size(1))
     return cache
@@ -385,9 +385,7 @@ def load_model(
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
     files = weight_files(folder)
-    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del needed["lm_head.weight"]
+    needed = {name: tuple(p.shape) for name, p in model.named_parameters()}  # tied: listed once
     check_weights(files, needed)
     for file in files:
         with safe_open(file, framework="pt") as tensors:

@@ -3,7 +3,7 @@
     teacher       p with x in its place: the agent that knows p
     student       x alone: the same model without p
     environment   the conversation from the other side: the worked examples of p with the roles
-                  swapped, each closed by [END], then x as a message of its own
+                  swapped, closed by [END], then x as a message of its own
 
 A prompt file is UTF-8 text. With lines <USER>: and <AGENT>: it is a chat: instructions and worked
 examples, then an open <USER>: turn, in which {user_input} marks the place of x. With none it is one
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 ASSISTANT = "You are a helpful assistant."  # the system message where p brings none
 END = "[END]"  # the environment's last word
-OPENING = "Start a new conversation."
+START = "Start a new conversation."
 
 ENVIRONMENT = """You play {environment} in a conversation with an agent. When you are told to \
 start a new conversation, give the agent a problem. Answer each later message of the agent \
@@ -202,9 +202,9 @@ def student_messages(x: str) -> list[dict]:
     return [message("system", ASSISTANT), message("user", x)]
 
 
-def conversation(opening: list[dict], turns: list[str]) -> list[dict]:
-    """opening, which ends with the user, continued by agent and environment texts in turn."""
-    return opening + [message(("assistant", "user")[i % 2], text) for i, text in enumerate(turns)]
+def conversation(opening: list[dict], turns: list[str], roles=("assistant", "user")) -> list[dict]:
+    """opening continued by agent and environment texts in turn, which have these roles."""
+    return opening + [message(roles[i % 2], text) for i, text in enumerate(turns)]
 
 
 def environment_messages(prompt: Prompt, task: Task, x: str, turns: list[str]) -> list[dict]:
@@ -215,12 +215,14 @@ def environment_messages(prompt: Prompt, task: Task, x: str, turns: list[str]) -
     system = ENVIRONMENT.format(environment=task.environment, end=END)
     if prompt.opening is None:
         system += INSTRUCTIONS.format(prompt=prompt.text)
-    chat = [message("system", system), message("user", OPENING)]
+    chat = [message("system", system), message("user", START)]
     swapped = {"user": "assistant", "assistant": "user"}
-    for i, (role, text) in enumerate(prompt.turns):
+    ended = [message("assistant", END), message("user", START)]
+    for role, text in prompt.turns:
         chat.append(message(swapped[role], text))
-        last = i + 1 == len(prompt.turns)
-        if role == "assistant" and (last or task.is_final(text)):
-            chat += [message("assistant", END), message("user", OPENING)]
+        if role == "assistant" and task.is_final(text):
+            chat += ended
+    if prompt.turns and chat[-2:] != ended:  # the last example ends where x begins
+        chat += ended
     chat.append(message("assistant", prompt.open_turn(x)))
-    return chat + [message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)]
+    return conversation(chat, turns, roles=("user", "assistant"))

@@ -13,7 +13,7 @@ Whatever is replaced is written beside and then renamed, so that no reader and n
 file. What is appended may end in half a line, which is dropped and made again. Every mistake of a
 user is a ValueError of one line that names the value and the cure; exit_code prints it.
 
-Leaves out: locks. Two processes must not work in one folder, save under torchrun.
+Left out: locks. Two processes must not work in one folder, save under torchrun.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from tqdm import tqdm
 from prompt import TASKS, Prompt, Task, parse_prompt
 
 AGAIN = "delete it, and genpi.py makes it again"
-FREE = {  # these change no experiment, or (on a GPU) only its rounding and the dropout noise
+NOT_COMPARED = {  # they change no experiment, or (on a GPU) only its rounding and dropout noise
     "out", "chat", "concurrency", "timeout", "device", "slots", "micro_tokens", "checkpointing",
     "save_every",
 }  # fmt: skip
@@ -49,8 +49,10 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(path.name + ".new")
     beside.unlink(missing_ok=True)  # what a crash left; if it is a link, its target stays as it is
     beside.touch(exist_ok=False)
+    mode = beside.stat().st_mode
     try:
         yield beside
+        beside.chmod(mode)  # safetensors writes for the owner alone, a server may be another user
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -58,7 +60,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+        # half a surrogate pair, as in a path that is no UTF-8, becomes JSON's escape for it
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -93,22 +96,25 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def read_rows(path: Path, parse: Callable[[dict], object]) -> tuple[list, bool]:
-    """The parsed lines of a JSONL file, and whether it ends in a whole line.
+    """The parsed lines of a JSONL file, and whether another can be appended to it as it is.
 
-    A last line that does not parse, as a crash leaves it, is left out. Raises: ValueError naming
-    any other line that is corrupt.
+    A last line that does not parse, as a crash leaves it, is left out with a warning. Raises:
+    ValueError naming any other line that is corrupt.
     """
+    lines = path.read_bytes().split(b"\n")
+    whole = not lines[-1]  # a line end, and nothing behind it
+    lines = lines[:-1] if whole else lines
     rows = []
-    *lines, rest = path.read_bytes().split(b"\n")  # nothing stands behind the last line end
     for number, line in enumerate(lines, 1):
         try:
             rows.append(parse(json.loads(line)))
         except (ValueError, TypeError, KeyError, RecursionError):
-            if number == len(lines) and not rest:
-                return rows, False
-            told = f"{path} line {number} is corrupt; delete that line to have it made again"
-            raise ValueError(told) from None
-    return rows, not rest
+            if number < len(lines):
+                told = f"{path} line {number} is corrupt; delete that line to have it made again"
+                raise ValueError(told) from None
+            tqdm.write(f"{path}: the last line is corrupt; it is dropped and made again")
+            whole = False
+    return rows, whole
 
 
 def read_text(path: Path, what: str) -> str:
@@ -174,7 +180,6 @@ def read_records(path: Path) -> list[Record]:
         seen[record.index] = record
 
     if path.exists() and not read_rows(path, parse)[1]:
-        tqdm.write(f"{path}: the last line is corrupt; it is dropped and made again")
         write_rows(path, [asdict(record) for record in seen.values()])
     return [seen[index] for index in sorted(seen)]
 
@@ -197,7 +202,7 @@ def read_metrics(path: Path) -> list[dict]:
     """The lines of metrics.jsonl, but a last one cut short; ValueError names a corrupt one."""
 
     def parse(row: dict) -> dict:
-        return {"step": int(row["step"]), "seconds": float(row["seconds"]), **row}
+        return {**row, "step": int(row["step"]), "seconds": float(row["seconds"])}
 
     return read_rows(path, parse)[0] if path.exists() else []
 
@@ -234,7 +239,8 @@ def open_run(args, prompt: Prompt, known: dict) -> None:
     chat format. Raises: ValueError if the folder was made with other flags.
     """
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | known
-    free = FREE | {"prompt", "model", "demos"} | ({"generator"} if args.generator else set())
+    named = {"prompt", "model", "demos", "generator"}  # `known` has their hashes: places may change
+    free = NOT_COMPARED | (named if args.generator else named - {"generator"})
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "args.json"
     if path.exists():
@@ -252,7 +258,7 @@ def open_run(args, prompt: Prompt, known: dict) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run folder. All but the first three fields are flags of its args.json."""
+    """A run folder. All fields but folder, prompt and task are flags of its args.json."""
 
     folder: Path
     prompt: Prompt
@@ -266,11 +272,13 @@ class Run:
     max_new_tokens: int
     lam: float
     slots: int
+    micro_tokens: int
 
 
 def load_records(run: Run) -> tuple[list[Record], dict]:
-    """All records of a run, and the seconds that synthesis and training took, without what an
-    interruption lost. Raises ValueError if records are missing.
+    """All records of a run, and the seconds that they and the training took.
+
+    What an interruption lost is not counted. Raises: ValueError if records are missing.
     """
     inputs = read_json(run.folder / "inputs.json", AGAIN, ("seconds", "inputs"))
     records = read_records(run.folder / "data.jsonl")
@@ -290,16 +298,19 @@ def load_run(folder: Path, device: str | None = None) -> Run:
     if not (folder / "args.json").exists():
         told = "no args.json, so it is no run folder; give the --out of an earlier run"
         raise ValueError(f"{folder}: {told}")
-    flags = [f.name for f in fields(Run)][3:]
+    flags = {field.name for field in fields(Run)} - {"folder", "prompt", "task"}
     args = read_json(folder / "args.json", AGAIN, (*flags, "task", "environment", "max_turns"))
     if not (folder / "prompt.txt").exists():
         raise ValueError(f"{folder / 'prompt.txt'} is missing; genpi.py makes it again")
-    prompt = parse_prompt((folder / "prompt.txt").read_text(encoding="utf-8"))
+    if args["task"] not in list(TASKS):
+        raise ValueError(f"{folder / 'args.json'}: no task is called {args['task']}; {AGAIN}")
+    prompt = parse_prompt(read_text(folder / "prompt.txt", "prompt"))
     said = {"environment": args["environment"], "max_turns": args["max_turns"]}
     task = replace(TASKS[args["task"]], **said)
     if device or not torch.cuda.is_available():
         args["device"] = device or "cpu"
-    args["slots"] = args["slots"] or 64  # earlier versions chose it later
+    for flag, default in (("slots", 64), ("micro_tokens", 2048)):  # once they were chosen later
+        args[flag] = args[flag] or default
     return Run(folder, prompt, task, **{flag: args[flag] for flag in flags})
 
 

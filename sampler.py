@@ -19,6 +19,7 @@ Letters: R slots, V vocabulary, P tokens of the shared prefix, n rows of a pass.
 sampling (arXiv 1904.09751), continuous batching (Orca, OSDI 2022).
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from chat import Chat
 from model import KVCache, Llama, prefill
 
 BURST = {"cpu": 1, "cuda": 16}  # tokens a row between two looks at what the device has written
-STRIDE = 256  # of the keys in sight of a captured step
+STRIDE = 256  # keys in sight are rounded up to this, so that one captured step serves many
 PREFILL_TOKENS = 8192  # prompt tokens computed in one forward pass; bounds the activations
 PREFILL_SCORES = 1 << 24  # and what they attend to, tokens x keys; bounds the attention scores
 
@@ -192,10 +193,7 @@ def shared_prefix(prompts: list[list[int]]) -> int:
     """Tokens that all prompts begin with, leaving each one of its own; 0 if not worth it."""
     if len(prompts) < 2:
         return 0
-    first = min(prompts)
-    last = max(prompts)  # in lexical order no two can differ earlier than these
-    pairs = enumerate(zip(first, last, strict=False))
-    same = next((i for i, (a, b) in pairs if a != b), len(first))
+    same = len(os.path.commonprefix(prompts))  # of any lists, not only of paths
     same = min(same, min(map(len, prompts)) - 1)
     return same if same >= 16 else 0
 
@@ -207,25 +205,26 @@ class Batch:
 
         last, live, count, room   (R,) the token to feed, 1 while the row goes on, tokens written
                                   and allowed
-        written, draws            (R, most + 1) the tokens, and for each a number to pick it by
+        written, draws            (R, width) the tokens, and for each a number to pick it by
+        finite                    () whether all logits so far were
 
-    On the host: seat[slot] is the Row that sits there, or None.
+    On the host: seat[slot] is the Row that sits there, or None; longest is the most tokens that a
+    row has in the cache.
     """
 
     STATE = ("last", "live", "count", "room", "written", "draws")
 
     def __init__(self, model: Llama, rows: list[Row], stops, sampling: Sampling, slots: int):
-        embedding = model.model.embed_tokens.weight
         self.model = model
         self.sampling = sampling
-        self.device = embedding.device
-        self.dtype = embedding.dtype
         self.P = shared_prefix([row.ids for row in rows])
         self.prefix = prefill(model, rows[0].ids[: self.P]) if self.P else None
         length = max(len(row.ids) - self.P + len(row.draws) for row in rows)
         self.slots = min(slots, len(rows))
-        self.cache = self.new_cache(self.slots, length)
+        self.cache = KVCache(model, self.slots, length, self.prefix)
+        self.device = self.cache.k.device
         self.seat: list[Row | None] = [None] * self.slots
+        self.longest = 0
         self.stops = torch.tensor(sorted(stops), device=self.device)
         for name in ("last", "live", "count", "room"):
             setattr(self, name, torch.zeros(self.slots, dtype=torch.int64, device=self.device))
@@ -236,9 +235,6 @@ class Batch:
         self.every = torch.arange(self.slots, device=self.device)
         self.graphs: dict[int, Callable] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-
-    def new_cache(self, batch: int, length: int) -> KVCache:
-        return KVCache(self.model.config, batch, length, self.device, self.dtype, self.prefix)
 
     def busy(self) -> list[int]:
         """Slots with a row in flight."""
@@ -274,7 +270,7 @@ class Batch:
         longest = max(counts)
         padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
         ends = torch.tensor(counts, device=self.device)[:, None] - 1
-        fresh = self.new_cache(len(prompts), longest)
+        fresh = KVCache(self.model, len(prompts), longest, self.prefix)
         at_end = torch.arange(longest, device=self.device) == ends
         logits = self.model(padded.to(self.device), fresh, at=at_end)
         fresh.advance(counts)
@@ -290,7 +286,7 @@ class Batch:
         self.last[slots] = token
         self.count[slots] = count + more
         self.live[slots] = (more & (count + 1 < self.room[slots])).long()
-        self.finite &= logits.amax(-1).isfinite().all()
+        self.finite &= logits.amax(-1).isfinite().all()  # a nan or inf is the maximum of its row
 
     def next_token(self) -> None:
         """Feed the last token of every slot and take the next. Nothing here waits for the device.
@@ -312,7 +308,7 @@ class Batch:
         sight = self.longest + burst
         if burst > 1:
             sight = -(-sight // STRIDE) * STRIDE  # rounded up
-        self.cache.bound = min(sight, self.cache.k.size(3)) - 1
+        self.cache.bound = min(sight, self.cache.k.size(3)) - 1  # the pass adds the token it feeds
         for _ in range(burst):
             self.graphs.get(sight, self.next_token)()
             if burst > 1 and sight not in self.graphs:
@@ -333,7 +329,7 @@ class Batch:
             self.seat[slot] = None
             found.append((row, ids[: count[slot]], count[slot] < len(row.draws)))
         lengths = [len(self.seat[slot].ids) - self.P + count[slot] - 1 for slot in self.busy()]
-        self.longest = max(lengths, default=0)  # tokens of a row in the cache
+        self.longest = max(lengths, default=0)
         return found
 
     def unfinished(self) -> list[tuple[Row, list[int]]]:

@@ -6,7 +6,7 @@ ValueError. The key goes into a header and nowhere else: not on the screen, not 
 no redirect is followed, to no other host. Unlike a Voice, a server that batches need not say the
 same again with the same seed.
 
-Left out: streaming, other interfaces than chat completions, servers that need more than a key.
+Left out: streaming, Retry-After, other interfaces than chat completions, more secrets than a key.
 """
 
 import http.client
@@ -15,6 +15,7 @@ import queue
 import random
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ TRIES = 7  # of one request; the waits between them add up to about a minute
 FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further one
 TRY_AGAIN = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that may pass
 TOO_LONG = re.compile(r"context[ _](length|limit|size|window)", re.IGNORECASE)  # how servers say it
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 CURES = {
     401: "set OPENAI_API_KEY to a key that this server knows",
     403: "OPENAI_API_KEY may not use this model; take another key or --generator-model",
@@ -47,7 +49,7 @@ class Untouched(urllib.request.HTTPErrorProcessor):
 
 @dataclass(frozen=True)
 class Server:
-    """A model behind a server. url: up to /v1; timeout: seconds without a byte of the answer."""
+    """A model behind a server. url: up to /v1; timeout: seconds that an answer may take."""
 
     url: str
     model: str = ""
@@ -102,7 +104,7 @@ class Server:
         stop: an event that ends the waiting. Raises: TooLong, or ValueError with the cure.
         """
         stop = stop or threading.Event()
-        why = "stopped"
+        why = "stopped"  # said to nobody: who set the event is gone
         wait = 0.0
         for number in range(tries):
             if stop.wait(wait):
@@ -112,18 +114,19 @@ class Server:
             sent = body and body | {"seed": (body["seed"] + number) % 2**31}
             try:
                 status, content = self.exchange(path, sent)
-                why = f"HTTP {status} {self.line(content.decode(errors='replace'))}"
-                if status == 200:
-                    return read(content)
             except (OSError, http.client.HTTPException) as error:
-                why = f"no answer: {self.line(repr(getattr(error, 'reason', error)))}"
+                why = f"no answer: {self.printable(repr(getattr(error, 'reason', error)))}"
                 if "timed out" in why:
                     why = f"no answer within --timeout {self.timeout:g} s"
-            except (ValueError, LookupError, TypeError, RecursionError):
-                why += ", without a text (a model that thinks must be served not to)"
-            else:
-                if status not in TRY_AGAIN:
-                    self.refuse(path, status, why)
+                continue
+            why = f"HTTP {status} {self.printable(content.decode(errors='replace'))}"
+            if status == 200:
+                try:
+                    return read(content)
+                except UNREADABLE:
+                    why += ", without a text (a model that thinks must be served not to)"
+            elif status not in TRY_AGAIN:
+                raise self.refusal(path, status, why)
         told = f"{self.url}/{path}: {why} ({tries} tries)"
         raise ValueError(f"{told}; see to the server, and the same command goes on from here")
 
@@ -134,18 +137,24 @@ class Server:
         data = body and json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{path}", data, headers)
         opener = urllib.request.build_opener(Untouched)
+        content = b""
+        deadline = time.monotonic() + self.timeout
         with opener.open(request, timeout=self.timeout) as response:
-            return response.status, response.read()
+            while piece := response.read1(2**16):
+                content += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+            return response.status, content
 
-    def refuse(self, path: str, status: int, told: str) -> None:
-        """Raise the error for an answer that another try would not change."""
+    def refusal(self, path: str, status: int, told: str) -> ValueError:
+        """The error for an answer that another try would not change."""
         cure = CURES.get(status, "the server does not take what genpi.py sends; see its log")
         if 300 <= status < 400:
             cure = "no redirect is followed; give the URL that it leads to as --generator"
         error = TooLong if TOO_LONG.search(told) else ValueError
-        raise error(f"{self.url}/{path}: {told}; {cure}")
+        return error(f"{self.url}/{path}: {told}; {cure}")
 
-    def line(self, text: str) -> str:
+    def printable(self, text: str) -> str:
         """A server's words on one short line, without the key."""
         text = text.replace(self.key, "[key]") if self.key else text
         return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split())

@@ -1,6 +1,6 @@
 """Synthesis: everything a model writes before training, from the prompt p alone.
 
-    1  pseudo inputs x      a generator is shown p and five demonstrations and goes on with the list
+    1  pseudo inputs x      a generator is shown p and demonstrations and goes on with the list
     2  role-play            the model plays the agent, who has read p, and the environment, who sees
                             the worked examples of p with the roles swapped, until it says [END]
     3  student outputs yS   the same model answers x without p
@@ -23,21 +23,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from prompt import (
-    ASSISTANT,
     END,
     Prompt,
     Task,
     conversation,
     environment_messages,
-    message,
     student_messages,
 )
 from runs import AGAIN, Record, append_record, hash_seed, read_json, read_records, write_json
 from sampler import Sampling, Voice, say
 from server import Server
 
-FRUITLESS_ROUNDS = 5  # rounds without a new pseudo input after which we go on with what there is
+FRUITLESS_ROUNDS = 5  # rounds in a row that bring nothing new, then we go on with what there is
 LIST_ITEMS = 10  # pseudo inputs asked for in one list
+ITEM_TOKENS = 64  # room for each of them
 LISTS = 32  # lists asked for in one round, at most
 WAVE = 64  # records that are synthesised together; an interrupted wave is begun again
 
@@ -62,15 +61,15 @@ REASON = """Between the lines of dashes stands a prompt.
 
 An assistant that has not read the prompt was asked:
 
-{x}
+{record.pseudo_input}
 
 It replied:
 
-{student}
+{record.student}
 
 An assistant that has read the prompt replied:
 
-{teacher}
+{record.teacher}
 
 Explain in about five sentences why the prompt turns the first reply into the second."""
 
@@ -123,16 +122,13 @@ def synthesise_wave(
     """Stages 2 to 4 of some records; each is yielded when it is finished."""
     clock = time.perf_counter()
     role_play(voice, plan, wave)
-    student_outputs(voice, plan, [record for record in wave if record.turns])
-    asked = []
-    for record in wave:
-        if record.turns and not record.overlong:
-            record.overlong = not generator.fits(reason_of(plan, record), plan.max_new_tokens)
-        if record.turns and not record.overlong:
-            asked.append(record)
-        else:
-            yield record
-    for record in reasons(generator, plan, asked):
+    whole = [record for record in wave if not record.overlong]
+    student_outputs(voice, plan, whole)
+    for record in whole:
+        question = reason_messages(plan.prompt, record)
+        record.overlong = not generator.fits(question, plan.max_new_tokens)
+    yield from (record for record in wave if record.overlong)
+    for record in reasons(generator, plan, [r for r in whole if not r.overlong]):
         record.seconds = time.perf_counter() - clock  # since the last record
         clock += record.seconds
         yield record
@@ -201,7 +197,7 @@ def more_inputs(
         asked.append(inputs_messages(plan.prompt, shown, LIST_ITEMS))
         firsts.append(len(shown) + 1)
     seeds = [rng.getrandbits(40) for _ in asked]
-    sampling = Sampling(LIST_ITEMS * 64, temperature=1.0, top_p=0.9)
+    sampling = Sampling(LIST_ITEMS * ITEM_TOKENS, temperature=1.0, top_p=0.9)
     found = []
     for number, text, ended in sorted(generator.speak(asked, sampling, seeds)):
         if text is None:
@@ -216,8 +212,7 @@ def more_inputs(
 def inputs_messages(prompt: Prompt, demos: list[str], n: int) -> list[dict]:
     """The generator's question for n more pseudo inputs after the numbered demos."""
     listed = "\n".join(f"{i + 1}. {demo}" for i, demo in enumerate(demos))
-    text = INPUTS.format(prompt=prompt.text, demos=listed, n=n)
-    return [message("system", ASSISTANT), message("user", text)]
+    return student_messages(INPUTS.format(prompt=prompt.text, demos=listed, n=n))
 
 
 ITEM = re.compile(r"\s*(?:\*\*)?(\d+)[.)](?:\*\*)?\s+(.*)")
@@ -255,7 +250,8 @@ def role_play(voice: Voice, plan: Plan, records: list[Record]) -> None:
     """Stage 2: fill in the turns; agent and environment alternate greedily, all in step.
 
     A conversation ends when the environment says [END] (which is not kept), with a final action,
-    at the limit, or when it fills the context. With one turn at most no environment is needed.
+    at the limit, or when it fills the context (then it is overlong, and is not trained on). With
+    one turn at most no environment is needed.
     """
     prompt = plan.prompt
     task = plan.task
@@ -266,18 +262,15 @@ def role_play(voice: Voice, plan: Plan, records: list[Record]) -> None:
     def as_environment(record: Record) -> list[dict]:
         return environment_messages(prompt, task, record.pseudo_input, record.turns)
 
-    live = list(records)
+    live = records  # those in which the agent has its turn
     with bar("role-play", len(records), "chat") as progress:
         for turn in range(1, task.max_turns + 1):
-            spoken = say_next(voice, plan, live, as_agent)
-            for record, text in spoken:
-                record.turns.append(text)
-            live = []
+            live = say_next(voice, plan, live, as_agent)
             if task.max_turns > 1:
-                answers = say_next(voice, plan, [record for record, _ in spoken], as_environment)
-                last = turn == task.max_turns
-                live = [record for record, answer in answers if goes_on(record, answer, task, last)]
-            progress.update(len(records) - len(live) - progress.n)
+                live = say_next(voice, plan, live, as_environment)
+                live = [r for r in live if goes_on(r, task, last=turn == task.max_turns)]
+                progress.update(len(records) - len(live) - progress.n)
+        progress.update(len(records) - progress.n)
     for record in records:
         if len(record.turns) % 2 == 0:  # the environment spoke last, and nobody answered
             record.turns = record.turns[:-1]
@@ -287,26 +280,25 @@ def role_play(voice: Voice, plan: Plan, records: list[Record]) -> None:
 
 def say_next(
     voice: Voice, plan: Plan, records: list[Record], view: Callable[[Record], list[dict]]
-) -> list[tuple[Record, str]]:
-    """The next turn after view(record) of every record; one that may not fit is marked overlong."""
+) -> list[Record]:
+    """Append what is said after view(record), and return who spoke; the others are overlong."""
     for record in records:
         record.overlong = not voice.fits(view(record), plan.max_new_tokens)
     fitting = [record for record in records if not record.overlong]
     texts = say(voice, [view(record) for record in fitting], plan.turn)
-    return list(zip(fitting, texts, strict=True))
+    for record, text in zip(fitting, texts, strict=True):
+        record.turns.append(text)
+    return fitting
 
 
-def goes_on(record: Record, answer: str, task: Task, last: bool) -> bool:
-    """Note how the environment answered; True, and the answer stays, if the agent has its turn."""
+def goes_on(record: Record, task: Task, last: bool) -> bool:
+    """Does the agent speak again? Notes why not."""
+    agent, answer = record.turns[-2:]
     if END in answer:
         return False
-    final = task.is_final(record.turns[-1])
-    record.no_end_token = final
-    record.hit_limit = last and not final
-    if final or last:
-        return False
-    record.turns.append(answer)
-    return True
+    record.no_end_token = task.is_final(agent)
+    record.hit_limit = last and not record.no_end_token
+    return not last and not record.no_end_token
 
 
 # --------------------------------------------------------------------- student outputs and reasons
@@ -323,7 +315,7 @@ def student_outputs(voice: Voice, plan: Plan, records: list[Record]) -> None:
 
 def reasons(generator: Voice | Server, plan: Plan, records: list[Record]) -> Iterator[Record]:
     """Stage 4: why p turns yS into yT. Yields records as their reasons are finished."""
-    asked = [reason_of(plan, record) for record in records]
+    asked = [reason_messages(plan.prompt, record) for record in records]
     seeds = [hash_seed(plan.seed, "reason", record.index) for record in records]
     with bar("reasons", len(asked), "reason") as progress:
         for number, text, _ in generator.speak(asked, plan.reason, seeds):
@@ -333,14 +325,9 @@ def reasons(generator: Voice | Server, plan: Plan, records: list[Record]) -> Ite
             yield records[number]
 
 
-def reason_of(plan: Plan, record: Record) -> list[dict]:
-    return reason_messages(plan.prompt, record.pseudo_input, record.student, record.teacher)
-
-
-def reason_messages(prompt: Prompt, x: str, student: str, teacher: str) -> list[dict]:
+def reason_messages(prompt: Prompt, record: Record) -> list[dict]:
     """The generator's question for the reason r."""
-    text = REASON.format(prompt=prompt.text, x=x, student=student, teacher=teacher)
-    return [message("system", ASSISTANT), message("user", text)]
+    return student_messages(REASON.format(prompt=prompt.text, record=record))
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -351,7 +338,7 @@ def bar(what: str, total: int, unit: str) -> tqdm:
     return tqdm(desc=f"{what:<18}", total=total, unit=unit, dynamic_ncols=True)
 
 
-FLAGS = ("hit_limit", "no_end_token", "no_final_action", "overlong")
+FAULTS = ("hit_limit", "no_end_token", "no_final_action", "overlong")
 
 
 def quality(records: list[Record], max_turns: int) -> dict:
@@ -359,13 +346,13 @@ def quality(records: list[Record], max_turns: int) -> dict:
     n = max(1, len(records))
     agent_turns = [(len(record.turns) + 1) // 2 for record in records]
     table = {"records": len(records), "mean_turns": sum(agent_turns) / n, "max_turns": max_turns}
-    for flag in FLAGS:
+    for flag in FAULTS:
         table[flag] = sum(getattr(record, flag) for record in records) / n
     return table
 
 
 def print_quality(table: dict) -> None:
     """Print the table in one line."""
-    shares = ", ".join(f"{flag.replace('_', ' ')} {100 * table[flag]:.1f} %" for flag in FLAGS)
+    shares = ", ".join(f"{flag.replace('_', ' ')} {100 * table[flag]:.1f} %" for flag in FAULTS)
     turns = f"{table['mean_turns']:.2f} of at most {table['max_turns']} turns"
     print(f"synthesis (GenPI Table 4): {table['records']} records, {turns}; {shares}")

@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora
-from loss import IGNORE, Sequence, joint_loss, sequence_nll
+from loss import IGNORE, Sequence, joint_loss, sequence_nll, token_nll
 from model import Llama
 from runs import append_row, hash_seed, read_metrics, replacing, write_rows
 
@@ -56,13 +56,24 @@ class Recipe:
 # ----------------------------------------------------------------------------------------- a step
 
 
+def batch_loss(model: Llama, sft: list[Sequence], pg: list[Sequence], lam: float) -> Tensor:
+    """L of a batch in nats/token, every sequence by itself and with all its logits. Eq. 4."""
+
+    def mean(sequences: list[Sequence]) -> Tensor:
+        pairs = [(torch.tensor([s.ids]), torch.tensor([s.labels])) for s in sequences]
+        sums = [token_nll(model(ids), labels) for ids, labels in pairs]
+        return sum(nats for nats, _ in sums) / sum(n for _, n in sums)
+
+    return joint_loss(mean(sft), mean(pg), lam)
+
+
 def train_step(
     model: Llama, optimizer, sft: list[Sequence], pg: list[Sequence], recipe: Recipe
 ) -> tuple[float, float, float]:
     """One optimiser step on a batch -> mean sft and pg loss (nats/token), gradient norm.
 
-    The gradients of micro-batches, and of processes that share the batch, add up to that of
-    joint_loss(sum sft / N_sft, sum pg / N_pg). Source: GenPI Eq. 4.
+    Same gradient as batch_loss, without holding more than a micro-batch: those of micro-batches,
+    and of processes that share the batch, add up. Source: GenPI Eq. 4.
     """
     optimizer.zero_grad(set_to_none=True)
     parameters = lora.adapter_parameters(model)
@@ -123,21 +134,23 @@ def train(
     for step in progress:
         clock = time.perf_counter()
         samples = order[step * recipe.batch : (step + 1) * recipe.batch]
-        sft_batch = [sft[i] for i in samples if recipe.lam > 0]
-        pg_batch = [pg[i] for i in samples if recipe.lam < 1]
+        sft_batch = [sft[i] for i in samples] if recipe.lam > 0 else []
+        pg_batch = [pg[i] for i in samples] if recipe.lam < 1 else []
         rate = learning_rate(step, steps, recipe)
         optimizer.param_groups[0]["lr"] = rate
-        torch.manual_seed(hash_seed(recipe.seed, "dropout", step, rank))  # its noise is its own
+        # a step that is done again drops the same numbers, and every process others
+        torch.manual_seed(hash_seed(recipe.seed, "dropout", step, rank))
         losses = train_step(model, optimizer, sft_batch, pg_batch, recipe)
         check_finite(losses, step, recipe, folder)
         if rank > 0:  # the first process keeps the books
             continue
-        row = {"step": step + 1, "sft": losses[0], "pg": losses[1], "lr": rate}
-        row |= {"grad_norm": losses[2], "tokens": sum(len(s.ids) for s in sft_batch + pg_batch)}
+        row = dict(zip(("step", "sft", "pg", "grad_norm"), (step + 1, *losses), strict=True))
+        row |= {"lr": rate, "tokens": sum(len(s.ids) for s in sft_batch + pg_batch)}
         append_row(folder / "metrics.jsonl", row | {"seconds": time.perf_counter() - clock})
         progress.set_postfix(sft=f"{losses[0]:.3f}", pg=f"{losses[1]:.3f}")
         if (step + 1) % recipe.save_every == 0 or step + 1 == steps:
             save_checkpoint(folder, model, optimizer, step + 1)
+    optimizer.zero_grad(set_to_none=True)  # what follows needs the memory
     model.eval()
 
 

@@ -192,6 +192,13 @@ def test_paths_with_spaces_and_other_alphabets(run, checkpoint, tmp_path):
     assert ended[0] == 0, ended[2]
 
 
+def test_a_path_in_bytes_that_are_no_text(run, out, tmp_path):
+    """A prompt file may have a name in Latin-1."""
+    path = tmp_path / "caf\udce9.txt"
+    path.write_text("Answer in one word.\n")
+    assert run("--prompt", path)[0] == 0
+
+
 def test_a_flag_in_bytes_that_are_no_text(run, out):
     """What the shell's bytes cannot mean does not end the run in a traceback."""
     assert run("--environment", "a \udcff shell", "--max-turns", 2)[0] in (0, 2)
@@ -508,6 +515,15 @@ def test_a_last_record_cut_short(run, again, finished):
     assert records(again) == records(finished) and adapter(again) == adapter(finished)
 
 
+def test_a_last_record_without_its_line_end(run, again, finished):
+    """A record whose line end an editor took is whole: it stays, and is not made again."""
+    cut(again / "data.jsonl", -1)
+    code, stdout, stderr = run("--out", unfinish(again))
+    assert code == 0 and "corrupt" not in stdout + stderr
+    assert files(again)["data.jsonl"].count(b"\n") == len(INPUTS)
+    assert records(again) == records(finished) and adapter(again) == adapter(finished)
+
+
 CORRUPT = ["", "{", "[1]", "null", '{"index": 1}']
 CORRUPT += ['{"index": "x", "pseudo_input": "a"}', '{"index": 1, "pseudo_input": 5}']
 
@@ -551,6 +567,14 @@ def test_a_flag_that_the_run_folder_lacks(report, again):
     del args["held_out"]
     (again / "args.json").write_text(json.dumps(args))
     complaint(report(again), again / "args.json")
+
+
+@pytest.mark.parametrize("task", ["foo", None, []])
+def test_a_task_that_does_not_exist(report, again, task):
+    """An args.json of another program's is named, too."""
+    args = json.loads((again / "args.json").read_text()) | {"task": task}
+    (again / "args.json").write_text(json.dumps(args))
+    complaint(report(again), again / "args.json", "no task")
 
 
 @pytest.mark.parametrize("size", [0, 20, -20])

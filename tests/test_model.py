@@ -100,12 +100,12 @@ def test_fast_attention_is_its_definition(K):
             own = expected[b, :, start[b] : start[b] + count]
             torch.testing.assert_close(y[b, :, :count], own, rtol=0, atol=1e-10)
 
-    shared = KVCache(model.config, 1, 5, "cpu", torch.float64)
+    shared = KVCache(model, 1, 5)
     shared.k[0] = k[:1, :, :5]
     shared.v[0] = v[:1, :, :5]
     shared.advance(5)
     for prefix, P in ((None, 0), (shared, 5)):
-        cache = KVCache(model.config, 3, 12, "cpu", torch.float64, prefix)
+        cache = KVCache(model, 3, 12, prefix)
         for counts in ([3, 1, 2], [1, 1, 1], [2, 4, 0]):
             attend(cache, P, counts)
 
@@ -180,7 +180,7 @@ def prefilled(model: Llama, ids: torch.Tensor) -> KVCache:
     """The cache of one row after reading ids (P,); None if there is nothing to read."""
     if not len(ids):
         return None
-    cache = KVCache(model.config, 1, len(ids), "cpu", torch.float64)
+    cache = KVCache(model, 1, len(ids))
     model(ids[None], cache)
     cache.advance(len(ids))
     return cache
@@ -214,7 +214,7 @@ def test_cached_is_one_full_forward(P):
     model, ids = random_model(), torch.randint(50, (3, 20))
     ids[:, :P] = ids[0, :P]
     full = model(ids).log_softmax(-1)[:, P:]
-    cache = KVCache(model.config, 3, 20, "cpu", torch.float64, prefilled(model, ids[0, :P]))
+    cache = KVCache(model, 3, 20, prefilled(model, ids[0, :P]))
     rows = read_in_parts(model, ids[:, P:], cache, PARTS)
     assert cache.lengths.tolist() == [10, 14, 13] and cache.bound == 14
     for b, row in enumerate(rows):
@@ -227,7 +227,7 @@ def test_padding_is_never_seen():
     model, ids = random_model(), torch.randint(50, (3, 20))
     runs = []
     for padding in (7, 8):
-        cache = KVCache(model.config, 3, 20, "cpu", torch.float64)
+        cache = KVCache(model, 3, 20)
         runs.append(read_in_parts(model, ids, cache, PARTS, padding))
     assert all(torch.equal(torch.stack(a), torch.stack(b)) for a, b in zip(*runs, strict=True))
 
@@ -237,9 +237,9 @@ def test_rows_can_leave_and_be_replaced():
     """keep() and put() move whole conversations: each goes on as if it were alone."""
     model, ids = random_model(), torch.randint(50, (3, 20))
     full = model(ids).log_softmax(-1)
-    cache = KVCache(model.config, 2, 20, "cpu", torch.float64)
+    cache = KVCache(model, 2, 20)
     read_in_parts(model, ids[:2], cache, [[4, 7]])
-    fresh = KVCache(model.config, 1, 9, "cpu", torch.float64)
+    fresh = KVCache(model, 1, 9)
     read_in_parts(model, ids[2:], fresh, [[9]])
     cache.put([0], fresh)  # the third text in the slot of the first
     assert cache.lengths.tolist() == [9, 7]
@@ -254,7 +254,7 @@ def test_rows_can_leave_and_be_replaced():
 def test_a_full_cache_is_an_error():
     """Writing past the end stops the program instead of another row."""
     model = random_model()
-    cache = KVCache(model.config, 1, 4, "cpu", torch.float64)
+    cache = KVCache(model, 1, 4)
     with pytest.raises(AssertionError, match="5 tokens in a cache of 4"):
         model(torch.zeros(1, 5, dtype=torch.int64), cache)
 

@@ -9,7 +9,7 @@ import pytest
 from prompt import (
     ASSISTANT,
     END,
-    OPENING,
+    START,
     TASKS,
     Task,
     browsing_action,
@@ -177,17 +177,17 @@ def test_environment_sees_the_roles_swapped():
     assert system["role"] == "system"
     assert "a shell" in system["content"] and END in system["content"]
     assert view == [
-        message("user", OPENING),
+        message("user", START),
         message("assistant", "first problem"),
         message("user", "final 1"),
         message("assistant", END),
-        message("user", OPENING),
+        message("user", START),
         message("assistant", "second problem"),
         message("user", "look"),
         message("assistant", "seen"),
         message("user", "final 2"),
         message("assistant", END),
-        message("user", OPENING),
+        message("user", START),
         message("assistant", "New: x"),
         message("user", "go"),
         message("assistant", "result"),
@@ -199,7 +199,7 @@ def test_the_last_worked_example_ends_whatever_its_action_is():
     """Where no action is final, one [END] and a new opening part the examples from x."""
     view = environment_messages(TWO_EXAMPLES, TASKS["any"], "x", ["reply"])
     assert [m["content"] for m in view].count(END) == 1
-    end = [message("assistant", END), message("user", OPENING), message("assistant", "New: x")]
+    end = [message("assistant", END), message("user", START), message("assistant", "New: x")]
     assert view[-4:] == [*end, message("user", "reply")]
 
 
@@ -218,7 +218,7 @@ def test_environment_of_a_plain_prompt_reads_its_text():
     system, *view = environment_messages(parse_prompt("Be brief."), TASK, "x", ["reply"])
     assert "Be brief." in system["content"]
     x = message("assistant", "x")
-    assert view == [message("user", OPENING), x, message("user", "reply")]
+    assert view == [message("user", START), x, message("user", "reply")]
     system, *_ = environment_messages(TWO_EXAMPLES, TASK, "x", ["reply"])
     assert "first problem" not in system["content"]
 

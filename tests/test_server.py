@@ -192,6 +192,7 @@ ANSWERS = {
     "only thinks": (said("<think> Hm.", "length"), []),
     "only thinks apart": (said(None, "length", reasoning_content="Hm."), []),
     "no choice": (b'{"choices": []}', []),
+    "not a text": (said([{"type": "text", "text": "Yes."}]), []),
     "too deep": (b"[" * 100_000, []),
 }
 
@@ -251,9 +252,17 @@ def test_a_server_that_is_not_there(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_time_limit(monkeypatch):
-    """A server that is silent is given up after --timeout."""
-    monkeypatch.setattr(Handler, "give", lambda handler, content: time.sleep(0.5))
+@pytest.mark.parametrize("drip", [b"", b" "])
+def test_the_time_limit(monkeypatch, drip):
+    """A server that is silent, or sends a byte now and then, is given up after --timeout."""
+
+    def give(self, content):
+        self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" if drip else b"")
+        for _ in range(5):
+            time.sleep(0.1)
+            self.wfile.write(drip)
+
+    monkeypatch.setattr(Handler, "give", give)
     with serving(lambda body, nth: b"") as server:
         with pytest.raises(ValueError, match="no answer within --timeout 0.2 s .7 tries"):
             list(speak(server.url, timeout=0.2))

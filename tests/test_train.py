@@ -11,11 +11,11 @@ import torch
 import lora
 import train as room
 from chat import Chat
-from loss import pg_sequence, sft_sequence, token_nll
+from loss import joint_loss, pg_sequence, sft_sequence, token_nll
 from model import Config, Llama
 from prompt import Prompt
 from runs import Record
-from train import Recipe, learning_rate, sample_order, train, train_step
+from train import Recipe, batch_loss, learning_rate, sample_order, train, train_step
 
 CHAT = Chat(Path(__file__).resolve().parent.parent / "tiny", 2048)
 PROMPT = Prompt("Say Act: first.")
@@ -61,22 +61,27 @@ def test_step_has_the_gradient_of_the_joint_loss(lam):
     tokens.
     """
     model, (sft, pg) = small_model(), sequences(5)
-    nats = {}
-    for name, group in (("sft", sft), ("pg", pg)):
-        n_tokens = sum(s.n_targets for s in group)
-        parts = [
-            token_nll(model(torch.tensor([s.ids])), torch.tensor([s.labels]))[0] for s in group
-        ]
-        nats[name] = sum(parts) / n_tokens
-    ((1 - lam) * nats["pg"] + lam * nats["sft"]).backward()
+    means = [batch_loss(model, sft, pg, only) for only in (1.0, 0.0)]
+    batch_loss(model, sft, pg, lam).backward()
     expected = [p.grad.clone() for p in lora.adapter_parameters(model)]
     optimizer = torch.optim.SGD(lora.adapter_parameters(model), lr=0.0)
     losses = train_step(model, optimizer, sft, pg, replace(FREE, lam=lam, micro_tokens=400))
     for p, gradient in zip(lora.adapter_parameters(model), expected, strict=True):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-7)
-    assert losses[:2] == pytest.approx([nats["sft"].item(), nats["pg"].item()], rel=1e-5)
+    assert losses[:2] == pytest.approx([mean.item() for mean in means], rel=1e-5)
     norm = math.sqrt(sum((g**2).sum().item() for g in expected))
     assert losses[2] == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_loss_of_a_batch_weighs_every_target_token_alike():
+    """L divides the nats of all sequences of a kind by all their targets: no mean of means."""
+    model, (sft, pg) = small_model(), sequences(3)
+    means = []
+    for group in (sft, pg):
+        pairs = [(torch.tensor([s.ids]), torch.tensor([s.labels])) for s in group]
+        nats = [token_nll(model(ids), labels)[0].item() for ids, labels in pairs]
+        means.append(sum(nats) / sum(s.n_targets for s in group))
+    assert batch_loss(model, sft, pg, 0.7).item() == pytest.approx(joint_loss(*means, 0.7))
 
 
 def test_gradient_does_not_depend_on_the_micro_batch():

@@ -18,13 +18,14 @@ from world import directory, random_problem, surprise
 from loss import pg_messages
 from prompt import (
     END,
-    OPENING,
+    START,
     Task,
     environment_messages,
     message,
     parse_prompt,
     student_messages,
 )
+from runs import Record
 from synth import inputs_messages, reason_messages
 
 THINK = "Think Thought Thoughts Reasoning Plan Idea Note Why Mind Reflection Comment Step".split()
@@ -222,7 +223,7 @@ def machine_chat(rng):
             played = len(p.turns(problem))
             weights = [REST] * (len(chat) - played)
         else:
-            chat += [message("user", OPENING), message("assistant", p.open_form.format(problem.wish))]
+            chat += [message("user", START), message("assistant", p.open_form.format(problem.wish))]
             chat += [message(("user", "assistant")[i % 2], t) for i, t in enumerate(p.turns(problem))]
             played = len(p.turns(problem))
             weights += [REST, REST]
@@ -321,7 +322,7 @@ def first_replies(rng):
 def reason_chat(rng):
     """The generator of reasons."""
     p, prompt, problem, student, teacher = first_replies(rng)
-    chat = reason_messages(prompt, problem.wish, student, teacher)
+    chat = reason_messages(prompt, Record(0, problem.wish, [teacher], student))
     return [*chat, message("assistant", reason(rng, p, problem))], [REST, REST, LISTED]
 
 
@@ -330,7 +331,8 @@ def prompt_chat(rng):
     like.
     """
     p, prompt, problem, student, teacher = first_replies(rng)
-    return pg_messages(prompt, problem.wish, student, teacher, reason(rng, p, problem)), [REST] * 3
+    record = Record(0, problem.wish, [teacher], student, reason(rng, p, problem))
+    return pg_messages(prompt, record), [REST] * 3
 
 
 USES = {agent_chat: 50, machine_chat: 19, inputs_chat: 9, general_chat: 10, reason_chat: 8, prompt_chat: 4}

@@ -44,6 +44,7 @@ from prompt import (
     student_messages,
 )
 from prompt import OS as TASK
+from runs import Record
 from sampler import Sampling, Voice, say
 from synth import Plan, more_inputs, normalised, reason_messages
 
@@ -233,7 +234,8 @@ def measure(voice, args):
     values |= inputs(rates, voice, prompt, 6 * args.problems // 5, args.seed)
     some = problems[: len(problems) // 3]  # the last two parts are slow
     replies = zip(some, students, talks, strict=False)
-    asked = [reason_messages(prompt, p.wish, yS, talk[0]) for p, yS, talk in replies]
+    records = [Record(0, p.wish, talk, yS) for p, yS, talk in replies]
+    asked = [reason_messages(prompt, record) for record in records]
     seeds = [args.seed + i for i in range(len(asked))]
     values |= reasons(rates, some, say(voice, asked, Sampling(512, 0.7, 0.9), seeds))
     protocols = [random_protocol(rng, strange=1.0) for _ in some]
