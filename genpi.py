@@ -61,6 +61,7 @@ HERE = Path(__file__).resolve().parent
 # The embedded model is 4,000 times smaller than the paper's: a higher rate, and less of all else.
 EMBEDDED = {
     "samples": 192, "held_out": 50, "epochs": 4, "batch": 8, "lr": 3e-3, "max_new_tokens": 128,
+    "max_reason_tokens": 400,
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- the run
@@ -71,6 +72,7 @@ def internalise(args) -> None:
     join_team(args.device)
     prompt = parse_prompt(runs.read_text(args.prompt, "prompt"), str(args.prompt))
     model, chat = load_model(args.model, args.device, bits=args.bits)
+    args.max_new_tokens = args.max_new_tokens or min(2048, chat.context // 4)
     check_prompt_fits(chat, prompt, args.max_new_tokens)
     lora.check_rank(model, args.rank)
     first = team()[0] == 0
@@ -107,7 +109,8 @@ def make_records(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     runs.open_run(args, prompt, known)  # all that can be wrong with the flags is known by now
     announce(args, chat, prompt)
     wanted = args.samples + args.held_out
-    plan = Plan(prompt, task, wanted, args.max_new_tokens, args.seed)
+    limits = args.max_new_tokens, args.max_reason_tokens
+    plan = Plan(prompt, task, wanted, *limits, args.seed)
     records = synthesise(voice, generator, plan, args.out)
     print_quality(quality(records, args.max_turns))
 
@@ -172,7 +175,7 @@ def training_sequences(
     pg = []
     longest = 0
     for record in records:
-        if record.overlong or not record.turns:
+        if record.overlong or (record.no_reason and lam < 1):
             continue
         pair = sft_sequence(chat, record), pg_sequence(chat, prompt, record)
         tokens = max(len(s.ids) for s in (pair if lam < 1 else pair[:1]))
@@ -342,8 +345,9 @@ def build_parser() -> Flags:
     add("--samples", type=WHOLE, default=1000, help="pseudo inputs to train on")
     add("--held-out", type=WHOLE, default=100, help="more of them, for the report")
     add("--max-turns", type=WHOLE, help="agent turns of a conversation; None: the task's (any: 1)")
-    add("--max-new-tokens", type=WHOLE, default=512,
-        help="limit of one turn and of a reason")
+    add("--max-new-tokens", type=WHOLE, help="limit of one turn; None: 2,048, or a "
+        "quarter of the context")
+    add("--max-reason-tokens", type=WHOLE, default=512, help="limit of a reason")
     add("--slots", type=WHOLE, default=64, help="conversations sampled at a time")
     training_flags(parser)
     return parser

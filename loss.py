@@ -6,8 +6,9 @@
 
 where env_i is what the environment said before yT_i. Eq. 2 and 3 are token_nll of a sequence, whose
 labels say what is a target: the agent's turns, or p and r, each with its end-of-turn token, for the
-model must also learn to stop. Here they are sums; train_step divides each, once, by the target
-tokens of the whole batch.
+model must also learn to stop. A text that reached its limit of tokens has no end-of-turn label: its
+author never said that it ends there. Here they are sums; train_step divides each, once, by the
+target tokens of the whole batch.
 
 Left out: cutting a target. The authors' code stops p and r at 512 tokens, ours are whole or absent.
 
@@ -73,20 +74,25 @@ class Sequence:
         return sum(label != IGNORE for label in self.labels)
 
 
-def build_sequence(chat: Chat, messages: list[dict], targets: set[int]) -> Sequence:
+def build_sequence(chat: Chat, messages: list[dict], targets: set[int], cut: bool) -> Sequence:
     """Encode messages; the tokens that the messages numbered in `targets` wrote are labels.
 
-    A message wrote its text and its end-of-turn token, and no header.
+    A message wrote its text and its end-of-turn token, and no header. cut: the last one reached its
+    limit of tokens, so its author never said that it ends there, and its end-of-turn is no label.
     """
     ids, owner = chat.encode(messages)
     labels = [i if who in targets else IGNORE for i, who in zip(ids, owner, strict=True)]
+    if cut:
+        end = max(place for place, label in enumerate(labels) if label != IGNORE)
+        labels[end] = IGNORE
     return Sequence(ids, labels)
 
 
 def turns_sequence(chat: Chat, opening: list[dict], record: Record) -> Sequence:
     """The conversation after `opening`; the agent's turns behind it are the targets."""
     messages = conversation(opening, record.turns)
-    return build_sequence(chat, messages, set(range(len(opening), len(messages), 2)))
+    agent = set(range(len(opening), len(messages), 2))
+    return build_sequence(chat, messages, agent, record.cut_turn)
 
 
 def sft_sequence(chat: Chat, record: Record) -> Sequence:
@@ -126,7 +132,7 @@ def pg_messages(prompt: Prompt, record: Record) -> list[dict]:
 def pg_sequence(chat: Chat, prompt: Prompt, record: Record) -> Sequence:
     """p and r after x, yS_0 and yT_0; p and r are the target. Source: GenPI Eq. 3."""
     messages = pg_messages(prompt, record)
-    return build_sequence(chat, messages, {len(messages) - 1})
+    return build_sequence(chat, messages, {len(messages) - 1}, record.cut_reason)
 
 
 # ------------------------------------------------------------------------------------ fast path

@@ -142,9 +142,10 @@ def read_text(path: Path, what: str) -> str:
 class Record:
     """One pseudo input and all that was made of it: a line of data.jsonl.
 
-    turns: agent and environment texts in turn; the first and the last are the agent's. The flags
-    are the rows of GenPI Table 4; overlong: the conversation, or the question for its reason, did
-    not fit the model's context.
+    turns: agent and environment texts in turn; the first and the last are the agent's. The first
+    three flags are rows of GenPI Table 4. overlong: the conversation did not fit the context, and
+    is not trained on. no_reason: the question for the reason did not fit. cut_turn, cut_reason: the
+    last turn, or the reason, reached its limit of tokens, so that its end is no ending.
     """
 
     index: int
@@ -156,6 +157,9 @@ class Record:
     no_end_token: bool = False
     no_final_action: bool = False
     overlong: bool = False
+    no_reason: bool = False
+    cut_turn: bool = False
+    cut_reason: bool = False
     seconds: float = 0.0
 
     @property

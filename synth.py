@@ -31,7 +31,7 @@ from prompt import (
     student_messages,
 )
 from runs import AGAIN, Record, append_record, hash_seed, read_json, read_records, write_json
-from sampler import Sampling, Voice, say
+from sampler import Sampling, Voice
 from server import Server
 
 FRUITLESS_ROUNDS = 5  # rounds in a row that bring nothing new, then we go on with what there is
@@ -81,7 +81,8 @@ class Plan:
     prompt: Prompt
     task: Task
     n_inputs: int
-    max_new_tokens: int  # of one turn and of a reason
+    max_new_tokens: int  # of one turn
+    max_reason_tokens: int
     seed: int
 
     @property
@@ -91,7 +92,7 @@ class Plan:
 
     @property
     def reason(self) -> Sampling:
-        return Sampling(self.max_new_tokens, temperature=0.7, top_p=0.9)
+        return Sampling(self.max_reason_tokens, temperature=0.7, top_p=0.9)
 
 
 def synthesise(voice: Voice, generator: Voice | Server, plan: Plan, folder: Path) -> list[Record]:
@@ -126,9 +127,9 @@ def synthesise_wave(
     student_outputs(voice, plan, whole)
     for record in whole:
         question = reason_messages(plan.prompt, record)
-        record.overlong = not generator.fits(question, plan.max_new_tokens)
-    yield from (record for record in wave if record.overlong)
-    for record in reasons(generator, plan, [r for r in whole if not r.overlong]):
+        record.no_reason = not generator.fits(question, plan.max_reason_tokens)
+    yield from (record for record in wave if record.overlong or record.no_reason)
+    for record in reasons(generator, plan, [r for r in whole if not r.no_reason]):
         record.seconds = time.perf_counter() - clock  # since the last record
         clock += record.seconds
         yield record
@@ -250,8 +251,8 @@ def role_play(voice: Voice, plan: Plan, records: list[Record]) -> None:
     """Stage 2: fill in the turns; agent and environment alternate greedily, all in step.
 
     A conversation ends when the environment says [END] (which is not kept), with a final action,
-    at the limit, or when it fills the context (then it is overlong, and is not trained on). With
-    one turn at most no environment is needed.
+    with a turn that was cut, at the limit of turns, or when it fills the context (then it is
+    overlong, and is not trained on). With one turn at most no environment is needed.
     """
     prompt = plan.prompt
     task = plan.task
@@ -265,10 +266,14 @@ def role_play(voice: Voice, plan: Plan, records: list[Record]) -> None:
     live = records  # those in which the agent has its turn
     with bar("role-play", len(records), "chat") as progress:
         for turn in range(1, task.max_turns + 1):
-            live = say_next(voice, plan, live, as_agent)
+            spoken = say_next(voice, plan, live, as_agent)
+            for record, ended in spoken:
+                record.cut_turn = not ended
             if task.max_turns > 1:
-                live = say_next(voice, plan, live, as_environment)
-                live = [r for r in live if goes_on(r, task, last=turn == task.max_turns)]
+                whole = [record for record, ended in spoken if ended]
+                answered = say_next(voice, plan, whole, as_environment)
+                last = turn == task.max_turns
+                live = [record for record, _ in answered if goes_on(record, task, last)]
                 progress.update(len(records) - len(live) - progress.n)
         progress.update(len(records) - progress.n)
     for record in records:
@@ -280,15 +285,20 @@ def role_play(voice: Voice, plan: Plan, records: list[Record]) -> None:
 
 def say_next(
     voice: Voice, plan: Plan, records: list[Record], view: Callable[[Record], list[dict]]
-) -> list[Record]:
-    """Append what is said after view(record), and return who spoke; the others are overlong."""
+) -> list[tuple[Record, bool]]:
+    """Append what is said after view(record) -> who spoke, and whether it ended by itself.
+
+    A record in which there is no room for a whole turn is marked overlong.
+    """
     for record in records:
         record.overlong = not voice.fits(view(record), plan.max_new_tokens)
     fitting = [record for record in records if not record.overlong]
-    texts = say(voice, [view(record) for record in fitting], plan.turn)
-    for record, text in zip(fitting, texts, strict=True):
-        record.turns.append(text)
-    return fitting
+    spoken = []
+    replies = voice.speak([view(record) for record in fitting], plan.turn)
+    for number, text, ended in sorted(replies):
+        fitting[number].turns.append(text)
+        spoken.append((fitting[number], ended))
+    return spoken
 
 
 def goes_on(record: Record, task: Task, last: bool) -> bool:
@@ -318,9 +328,10 @@ def reasons(generator: Voice | Server, plan: Plan, records: list[Record]) -> Ite
     asked = [reason_messages(plan.prompt, record) for record in records]
     seeds = [hash_seed(plan.seed, "reason", record.index) for record in records]
     with bar("reasons", len(asked), "reason") as progress:
-        for number, text, _ in generator.speak(asked, plan.reason, seeds):
+        for number, text, ended in generator.speak(asked, plan.reason, seeds):
             records[number].reason = text or ""
-            records[number].overlong = text is None
+            records[number].no_reason = text is None
+            records[number].cut_reason = text is not None and not ended
             progress.update()
             yield records[number]
 
@@ -338,7 +349,8 @@ def bar(what: str, total: int, unit: str) -> tqdm:
     return tqdm(desc=f"{what:<18}", total=total, unit=unit, dynamic_ncols=True)
 
 
-FAULTS = ("hit_limit", "no_end_token", "no_final_action", "overlong")
+FAULTS = ("hit_limit", "no_end_token", "no_final_action")  # of GenPI Table 4
+FAULTS += ("overlong", "no_reason", "cut_turn", "cut_reason")  # and ours
 
 
 def quality(records: list[Record], max_turns: int) -> dict:

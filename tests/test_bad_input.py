@@ -25,7 +25,8 @@ import runs
 import synth
 import train
 
-FLAGS = "--samples 3 --held-out 1 --epochs 2 --batch 2 --max-new-tokens 8 --rank 2 --save-every 1"
+FLAGS = """--samples 3 --held-out 1 --epochs 2 --batch 2 --max-new-tokens 8 --max-reason-tokens 8
+--rank 2 --save-every 1"""
 INPUTS = ["Count to 3.", "Name a tree.", "Spell cat.", "Say no."]
 CONTEXT = 1024  # of the random checkpoint, which reads a byte a token
 SECRET = "hf_TheTokenThatNobodyMayRead"
@@ -165,12 +166,13 @@ def test_turns_longer_than_the_context(run):
     complaint(run("--max-new-tokens", 5000), "--max-new-tokens 5000", CONTEXT, "lower")
 
 
-def test_a_record_whose_reason_does_not_fit_is_left_out(run, tmp_path):
-    """A pseudo input too long for the reason's question costs one record, not the run."""
+@pytest.mark.parametrize(("lam", "left_out"), [(0.7, True), (1, False)])
+def test_a_record_whose_reason_does_not_fit_is_left_out(run, tmp_path, lam, left_out):
+    """An input too long for the reason's question costs a record; with SFT alone not even it."""
     (tmp_path / "prompt-300.txt").write_text("x" * 300)
     prepare(tmp_path / "run", ["y" * 420, *INPUTS[1:]])
-    code, stdout, _ = run("--prompt", tmp_path / "prompt-300.txt")
-    assert code == 0 and "left out: 1 of 3" in stdout
+    code, stdout, _ = run("--prompt", tmp_path / "prompt-300.txt", "--lam", lam)
+    assert code == 0 and ("left out: 1 of 3" in stdout) == left_out
 
 
 def test_line_ends_and_marks_of_windows_change_nothing(tmp_path):

@@ -4,6 +4,7 @@ A model says of the next word: a with probability 1/2, b with 1/4, c with 1/4. T
 for an a and log 4 for a b or a c, whatever stood before.
 """
 
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -227,6 +228,15 @@ def test_pg_targets_are_the_whole_prompt_and_the_reason():
     )
     assert all(part in read for part in (RECORD.pseudo_input, RECORD.student, RECORD.turns[0]))
     assert RECORD.turns[2] not in read
+
+
+def test_a_text_that_reached_its_limit_has_no_ending():
+    """Where the last turn, or the reason, was cut, its end-of-turn is read but is no target."""
+    sft = sft_sequence(CHAT, replace(RECORD, cut_turn=True))
+    pg = pg_sequence(CHAT, PROMPT, replace(RECORD, cut_reason=True))
+    assert target_text(sft) == f"Act: bash{END}Act: answer(7)"
+    assert target_text(pg) == f"{PROMPT.text}\n\nReason: {RECORD.reason}"
+    assert sft.ids == sft_sequence(CHAT, RECORD).ids
 
 
 def test_labels_are_ids():

@@ -86,7 +86,8 @@ def test_the_whole_command_under_torchrun(tmp_path, checkpoint):
     out.mkdir()
     inputs = {"rounds": 1, "fruitless": 0, "seconds": 0.0, "inputs": ["a b", "c d", "e f", "g h"]}
     (out / "inputs.json").write_text(json.dumps(inputs))
-    sizes = "--samples=3 --held-out=1 --epochs=2 --batch=2 --max-new-tokens=8 --rank=2".split()
+    sizes = "--samples=3 --held-out=1 --epochs=2 --batch=2 --rank=2".split()
+    sizes += "--max-new-tokens=8 --max-reason-tokens=8".split()
     where = [f"--model={checkpoint}", f"--prompt={prompt}", f"--out={out}", "--device=cpu"]
     done = torchrun(HERE.parent / "genpi.py", *where, *sizes)
     assert done.returncode == 0, done.stderr

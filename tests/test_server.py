@@ -20,7 +20,8 @@ from server import TRIES, Server
 
 KEY = "sk-TheKeyThatNobodyMayRead"
 LIST = "Sure:\n1. Count to 3.\n2. Name a tree.\n3. Spell cat.\n4. Say no.\n5. Cut sho"
-FLAGS = "--samples 3 --held-out 1 --epochs 1 --batch 2 --max-new-tokens 8 --rank 2 --save-every 1"
+FLAGS = """--samples 3 --held-out 1 --epochs 1 --batch 2 --max-new-tokens 8 --max-reason-tokens 8
+--rank 2 --save-every 1"""
 SAMPLING = Sampling(7, temperature=0.5, top_p=0.9)
 
 
@@ -340,7 +341,7 @@ def test_a_reason_too_long_for_the_server(run, tmp_path):
     with serving(script) as server:
         code, stdout, _ = run(server.url)
     assert code == 0 and "left out: 1 of 3" in stdout
-    assert [r["pseudo_input"] for r in records(tmp_path) if r["overlong"]] == ["Spell cat."]
+    assert [r["pseudo_input"] for r in records(tmp_path) if r["no_reason"]] == ["Spell cat."]
 
 
 BAD = ["http://h:x/v1", "http://h:0/v1", "http://h:70000/v1", "http:///v1", "http://h:8000", "ftp://h/v1",

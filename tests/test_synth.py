@@ -9,6 +9,7 @@ import pytest
 import synth
 from prompt import END, TASKS, parse_prompt
 from runs import Record, append_record
+from sampler import Sampling
 from synth import (
     FRUITLESS_ROUNDS,
     Plan,
@@ -27,20 +28,21 @@ LIST = "Act: bash\n\n```bash\nls\n```"
 
 
 def plan_of(n_inputs=3, max_turns=10, demos=(), seed=0):
-    return Plan(PROMPT, replace(OS, max_turns=max_turns, demos=demos), n_inputs, 9, seed)
+    return Plan(PROMPT, replace(OS, max_turns=max_turns, demos=demos), n_inputs, 9, 9, seed)
 
 
 class Script:
     """A voice that answers by functions of the messages: agent and student by one, environment.
 
     Whom it plays it tells from what it reads, as a model would; a reason is "because x". room: the
-    letters of its context.
+    letters of its context; limit: the letters after which a reply is cut.
     """
 
-    def __init__(self, agent, environment, room=10**9):
+    def __init__(self, agent, environment, room=10**9, limit=10**9):
         self.agent = agent
         self.environment = environment
         self.room = room
+        self.limit = limit
         self.asked = []  # all conversations
         self.calls = []  # how many there were in each call
 
@@ -51,7 +53,8 @@ class Script:
         self.asked += conversations
         self.calls.append(len(conversations))
         for number, messages in enumerate(conversations):
-            yield number, self.reply(messages), True
+            text = self.reply(messages)
+            yield number, text[: self.limit], len(text) <= self.limit
 
     def reply(self, messages):
         if messages[0]["content"].startswith("You play"):
@@ -133,6 +136,15 @@ def test_conversations_advance_together():
     script = Script(lambda m: LIST, lambda m: "out")
     role_play(script, plan_of(max_turns=2), [Record(i, f"x{i}") for i in range(10)])
     assert script.calls == [10, 10, 10, 10]  # agent, environment, agent, environment
+
+
+def test_a_turn_that_reached_its_limit_ends_the_conversation():
+    """A cut agent turn is the last one and is marked; the environment is not asked to answer it."""
+    agent = lambda m: LIST + "!" * 50 * count(m, "assistant")  # noqa: E731
+    record = played(agent, lambda m: "output", 10, limit=len(LIST) + 9)
+    assert record.cut_turn and record.turns == [LIST, "output", LIST + "!" * 9]
+    assert not record.hit_limit and record.no_final_action
+    assert not played(lambda m: "Act: finish", lambda m: END, 10, limit=11).cut_turn
 
 
 # ---------------------------------------------------------------------------------- pseudo inputs
@@ -263,8 +275,24 @@ def test_a_reason_that_does_not_fit_is_not_asked_for():
     wave = [Record(0, "x"), Record(1, "y" * 600), Record(2, "z")]
     done = list(synthesise_wave(speaker(), generator, plan_of(max_turns=2), wave))
     assert sorted(record.index for record in done) == [0, 1, 2] and len(generator.asked) == 2
-    assert [record.overlong for record in wave] == [False, True, False]
+    assert [record.no_reason for record in wave] == [False, True, False]
+    assert not any(record.overlong for record in wave)  # the conversation itself is whole
     assert [record.reason for record in wave] == ["because x", "", "because z"]
+
+
+def test_a_reason_that_reached_its_limit_is_marked():
+    """Of two reasons only the one that did not end by itself is cut."""
+    wave = [Record(0, "x"), Record(1, "y" * 30)]
+    list(synthesise_wave(speaker(), speaker(limit=20), plan_of(max_turns=2), wave))
+    assert [record.cut_reason for record in wave] == [False, True]
+    assert quality(wave, 2)["cut_reason"] == 0.5 and wave[1].reason == "because " + "y" * 12
+
+
+def test_reasons_and_turns_have_limits_of_their_own():
+    """A turn is greedy with the limit of turns, a reason warm with the limit of reasons."""
+    plan = Plan(PROMPT, OS, 3, max_new_tokens=11, max_reason_tokens=22, seed=0)
+    assert (plan.turn.max_new_tokens, plan.turn.temperature) == (11, 0.0)
+    assert plan.reason == Sampling(22, temperature=0.7, top_p=0.9)
 
 
 def test_records_that_are_there_are_not_made_again(tmp_path):

@@ -194,7 +194,7 @@ def inputs(rates, voice, prompt, n, seed):
     """Note about n pseudo inputs, sampled in lists of ten -> their spread over the kinds."""
     patterns, kinds = wish_patterns(), []
     seen = {normalised(demo) for demo in TASK.demos}
-    for item in more_inputs(voice, Plan(prompt, TASK, n, 128, seed), [], n, seed):
+    for item in more_inputs(voice, Plan(prompt, TASK, n, 128, 512, seed), [], n, seed):
         kind = next((k for k, form in patterns.items() if re.fullmatch(form, item)), "none")
         new = normalised(item) not in seen
         rates.note(kind, item, {"inputs: usable": kind != "none", "inputs: distinct": new})
