@@ -288,7 +288,7 @@ def measure(run: Run, loaded: tuple[Llama, Chat] | None = None) -> dict:
         "samples": len(training), "held_out": len(held_out),
         "nll": nll, "gap_closed": gap_closed(nll),
         "agreement": agree, "recall": recited, "break_even": paid,
-        "synthesis": quality(records, run.task.max_turns),
+        "synthesis": quality(records, run.task),
         "seconds": {**seconds, "evaluate": time.perf_counter() - clock},
     }  # fmt: skip
 

@@ -18,8 +18,17 @@ Departures from the paper, each with its reason:
     that the gradient does not depend on how the batch is cut up;
   * a target is never cut: the authors' code stops L_PG at 512 tokens, which loses most of a long p
     and all of r. A record that does not fit the context is left out and counted;
-  * without --demos a prompt that has none of its own is shown the inputs found so far
-    (Self-Instruct);
+    A text that reached its limit is taught without an end of turn;
+  * the demonstrations are ours, or --demos (the paper takes five of the validation set); a prompt
+    that has none is shown the inputs found so far (Self-Instruct);
+  * inputs and reasons are written by the model itself, unless --generator names a larger one (the
+    paper takes one of 70B): one command must run with one model;
+  * the conversations that SFT trains on have a system message ("You are a helpful assistant."),
+    the authors' have none: the model is asked as it will be served;
+  * x is the bare problem also where the open turn of p frames it, since that is what arrives once p
+    is gone; the authors' student still reads the frame of the OS prompt;
+  * the worked examples that the environment reads are closed by [END], which shows it when;
+  * the gradient is clipped at norm 1 everywhere, in the authors' code at 0.5 for the web tasks;
   * a conversation that ends with a final action ends even if the environment forgets to say [END];
   * every step seeds its own dropout, so that an interrupted run ends with the same bits as an
     uninterrupted one;
@@ -112,7 +121,7 @@ def make_records(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     limits = args.max_new_tokens, args.max_reason_tokens
     plan = Plan(prompt, task, wanted, *limits, args.seed)
     records = synthesise(voice, generator, plan, args.out)
-    print_quality(quality(records, args.max_turns))
+    print_quality(quality(records, task))
 
 
 def open_generator(args, voice: Voice) -> Voice | Server:

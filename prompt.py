@@ -110,9 +110,11 @@ class Task:
 
     environment   whom the model plays
     max_turns     agent turns of a conversation at most
+    gold_turns    agent turns that the benchmark's own solutions take (GenPI Table 4), if known
     demos         first messages that show the generator what is wanted
     action        agent text -> its parsed action or None; without one any text is an action
     final         parsed action -> does it end the conversation?
+    counted       parsed action -> does Table 4 take it for a final action? None: as `final`
     """
 
     name: str
@@ -121,6 +123,8 @@ class Task:
     demos: tuple[str, ...] = ()
     action: Callable[[str], tuple | None] | None = None
     final: Callable[[tuple], bool] = lambda action: False
+    counted: Callable[[tuple], bool] | None = None
+    gold_turns: float | None = None
 
     def act(self, text: str) -> tuple | None:
         """The action that an agent turn takes, None if it takes none."""
@@ -130,6 +134,11 @@ class Task:
         """Does an agent turn end the conversation?"""
         action = self.act(text)
         return action is not None and self.final(action)
+
+    def has_final_action(self, text: str) -> bool:
+        """Would GenPI Table 4 count the last agent turn of a conversation as a final action?"""
+        action = self.act(text)
+        return action is not None and (self.counted or self.final)(action)
 
 
 def os_action(text: str) -> tuple | None:
@@ -181,14 +190,16 @@ SHOPPING_DEMOS = (
 )
 OS = Task(
     "os", "the shell of a Linux machine", 10, OS_DEMOS,
-    os_action, final=lambda action: action[0] in ("finish", "answer"),
+    os_action, final=lambda action: action[0] in ("finish", "answer"), gold_turns=3,
 )  # fmt: skip
 WEB_BROWSING = Task(  # no demos: a first message is a whole page, and the examples show three
-    "web_browsing", "a browser that shows pages as HTML", 2, (), browsing_action, final=bool
-)
+    "web_browsing", "a browser that shows pages as HTML", 2, (), browsing_action, final=bool,
+    counted=lambda action: action[0] == "A" or action[1] != "", gold_turns=1,
+)  # fmt: skip
 WEB_SHOPPING = Task(
     "web_shopping", "a shop that shows its pages as text", 5, SHOPPING_DEMOS,
     shopping_action, final=lambda action: action == ("click", "buy now"),
+    counted=lambda action: True, gold_turns=4,
 )  # fmt: skip
 ANY = Task("any", "the user of this conversation", 1)
 TASKS = {task.name: task for task in (OS, WEB_BROWSING, WEB_SHOPPING, ANY)}

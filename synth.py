@@ -279,7 +279,7 @@ def role_play(voice: Voice, plan: Plan, records: list[Record]) -> None:
     for record in records:
         if len(record.turns) % 2 == 0:  # the environment spoke last, and nobody answered
             record.turns = record.turns[:-1]
-        acted = record.turns and task.is_final(record.turns[-1])
+        acted = record.turns and task.has_final_action(record.turns[-1])
         record.no_final_action = task.action is not None and not acted
 
 
@@ -353,11 +353,16 @@ FAULTS = ("hit_limit", "no_end_token", "no_final_action")  # of GenPI Table 4
 FAULTS += ("overlong", "no_reason", "cut_turn", "cut_reason")  # and ours
 
 
-def quality(records: list[Record], max_turns: int) -> dict:
-    """What GenPI Table 4 reports of the synthesis: mean turns, and shares of the records."""
+def quality(records: list[Record], task: Task) -> dict:
+    """What GenPI Table 4 reports of the synthesis, and what we add: turns, shares of the records.
+
+    A final action is what the table takes for one: in browsing a choice with an operation, in
+    shopping any search or click, not only the purchase.
+    """
     n = max(1, len(records))
     agent_turns = [(len(record.turns) + 1) // 2 for record in records]
-    table = {"records": len(records), "mean_turns": sum(agent_turns) / n, "max_turns": max_turns}
+    table = {"records": len(records), "gold_turns": task.gold_turns}
+    table |= {"mean_turns": sum(agent_turns) / n, "max_turns": task.max_turns}
     for flag in FAULTS:
         table[flag] = sum(getattr(record, flag) for record in records) / n
     return table
@@ -366,5 +371,6 @@ def quality(records: list[Record], max_turns: int) -> dict:
 def print_quality(table: dict) -> None:
     """Print the table in one line."""
     shares = ", ".join(f"{flag.replace('_', ' ')} {100 * table[flag]:.1f} %" for flag in FAULTS)
-    turns = f"{table['mean_turns']:.2f} of at most {table['max_turns']} turns"
+    gold = f", gold {table['gold_turns']:g}" if table["gold_turns"] else ""
+    turns = f"{table['mean_turns']:.2f} of at most {table['max_turns']} turns{gold}"
     print(f"synthesis (GenPI Table 4): {table['records']} records, {turns}; {shares}")

@@ -322,6 +322,25 @@ def test_final_actions_end_a_conversation(name, action, final):
     assert TASKS[name].is_final(action) is final
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "counted"),
+    [
+        ("os", "Act: finish", True),
+        ("os", bash("ls"), False),
+        ("web_browsing", "Answer: B\nAction: CLICK", True),
+        ("web_browsing", "Answer: A.", True),
+        ("web_browsing", "Answer: B\nAction: COMPARE", False),
+        ("web_browsing", "I click B.", False),
+        ("web_shopping", "Action: search[boots]", True),
+        ("web_shopping", "Action: click[b01]", True),
+        ("web_shopping", "I buy it.", False),
+    ],
+)
+def test_final_actions_of_table_4(name, text, counted):
+    """GenPI Table 4 asks for an operation in browsing, and for any search or click in shopping."""
+    assert TASKS[name].has_final_action(text) is counted
+
+
 def test_where_nothing_is_known_any_text_is_an_action():
     """Without a parser of its own a task takes the text itself as action, and none is final."""
     assert TASKS["any"].act(" It rains. \n") == ("It rains.",)

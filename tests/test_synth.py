@@ -285,7 +285,7 @@ def test_a_reason_that_reached_its_limit_is_marked():
     wave = [Record(0, "x"), Record(1, "y" * 30)]
     list(synthesise_wave(speaker(), speaker(limit=20), plan_of(max_turns=2), wave))
     assert [record.cut_reason for record in wave] == [False, True]
-    assert quality(wave, 2)["cut_reason"] == 0.5 and wave[1].reason == "because " + "y" * 12
+    assert quality(wave, OS)["cut_reason"] == 0.5 and wave[1].reason == "because " + "y" * 12
 
 
 def test_reasons_and_turns_have_limits_of_their_own():
@@ -313,5 +313,6 @@ def test_records_that_are_there_are_not_made_again(tmp_path):
 def test_quality_counts_agent_turns_and_flags():
     """Two records of three and one agent turns have a mean of two; shares are of all records."""
     records = [Record(0, "x", ["a", "e", "a", "e", "a"], hit_limit=True), Record(1, "y", ["a"])]
-    table = quality(records, 10)
+    table = quality(records, OS)
     assert (table["mean_turns"], table["hit_limit"], table["no_end_token"]) == (2, 0.5, 0)
+    assert (table["max_turns"], table["gold_turns"]) == (10, 3)
