@@ -12,8 +12,9 @@ switched on and off.
     agreement    on how many inputs the greedy first reply takes the teacher's action, with a
                  Wilson interval
     recall       how much of p the adapter writes down when asked, and the lines it knows worst
-    break_even   seconds and bytes of a request for the full prompt, a cached prompt, the adapter,
-                 the merged adapter, and after how many requests the training has paid; one
+    break_even   seconds and bytes of a request for the full prompt, a cached prompt and the
+                 adapter, all on the same weights: those of the training, and dense ones with the
+                 adapter merged; after how many requests the training has paid, on either. One
                  request at a time in a plain loop, without the CUDA graph that synthesis uses
 
 Left out: a judge model; the measures are those that need nobody's opinion.
@@ -47,6 +48,7 @@ from train import micro_batches
 RECALLED = 4  # held-out records from which the prompt is asked back
 REPEATS = 5  # break-even: the median of so many requests ...
 DECODED = 32  # ... of so many tokens each
+USERS = 32  # requests in flight whose memory is told
 
 # ------------------------------------------------------------------------------------ measures
 
@@ -181,7 +183,8 @@ def time_request(model: Llama, ids: list[int], prefix: KVCache | None = None) ->
     return {
         "first": statistics.median(first[1:]),
         "later": statistics.median(later[1:]),
-        "tokens": len(ids),
+        "own_tokens": len(ids),
+        "shared_tokens": prefix.bound if prefix else 0,
     }
 
 
@@ -193,42 +196,53 @@ def now(device: torch.device) -> float:
 
 
 def break_even(
-    model: Llama, chat: Chat, prompt: Prompt, records: list[Record], spent: float
+    model: Llama, chat: Chat, prompt: Prompt, records: list[Record], spent: float, users: int
 ) -> dict:
-    """Measure four ways to serve a first reply to a typical input. Merges the adapter.
+    """Time the ways to serve a first reply to an input of median length. Merges the adapter.
 
-    spent: seconds of synthesis and training. The reply has the mean length of the teacher's turns.
+    On two sets of weights, each with a verdict of its own, since what is won by leaving NF4 is not
+    won by the adapter: "trained", those of the training, and "dense", those that servers run.
+    spent: seconds of synthesis and training. A reply has the mean length of the teacher's turns.
     """
     x = sorted((record.pseudo_input for record in records), key=len)[len(records) // 2]
     full = chat.encode(prompt.teacher(x), reply=True)[0]
     bare = chat.encode(student_messages(x), reply=True)[0]
     other = chat.encode(prompt.teacher("\n"), reply=True)[0]  # parts from any x at x's first token
     shared = len(os.path.commonprefix([full, other]))
-    times = {}
     with lora.adapter_off(model):
-        times["full_prompt"] = time_request(model, full)
-        prefix = prefill(model, full[:shared])
-        times["prefix_cached"] = time_request(model, full[shared:], prefix)
-    times["adapter"] = time_request(model, bare)
-    times["merged"] = time_request(lora.merge(model), bare)
+        trained = time_prompted(model, full, shared)
+    trained["adapter"] = time_request(model, bare)
+    lora.merge(model)
+    dense = time_prompted(model, full, shared)  # speed does not ask what the numbers are
+    dense["merged"] = time_request(model, bare)
     reply = statistics.mean(len(chat.tokens(t)) + 1 for r in records for t in r.turns[::2])
-    rows = {way: request(model, timed, reply) for way, timed in times.items()}
-    best = min(("adapter", "merged"), key=lambda way: rows[way]["seconds_per_request"])
-    rivals = ("full_prompt", "prefix_cached")
-    pays = {rival: requests_to_pay(spent, rows[rival], rows[best]) for rival in rivals}
-    found = {"reply_tokens": reply, "cost_seconds": spent, "served_as": best}
-    return {**found, **rows, "pays_after_requests": pays}
+    found = {"reply_tokens": reply, "cost_seconds": spent, "users": users}
+    for name, ways in (("trained", trained), ("dense", dense)):
+        rows = {way: request(model, timed, reply, users) for way, timed in ways.items()}
+        *rivals, ours = rows
+        pays = {rival: requests_to_pay(spent, rows[rival], rows[ours]) for rival in rivals}
+        found[name] = {**rows, "pays_after_requests": pays}
+    return found
 
 
-def request(model: Llama, timed: dict, reply: float) -> dict:
-    """What one request costs whose reply has so many tokens."""
+def time_prompted(model: Llama, full: list[int], shared: int) -> dict:
+    """The two ways that read p: all of it with every request, or its first `shared` tokens once."""
+    whole = time_request(model, full)
+    cached = time_request(model, full[shared:], prefill(model, full[:shared]))
+    return {"full_prompt": whole, "prefix_cached": cached}
+
+
+def request(model: Llama, timed: dict, reply: float, users: int) -> dict:
+    """What a request costs whose reply has so many tokens, alone and with `users` in flight."""
     c = model.config
     numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # of a token
-    bytes_ = numbers * model.model.embed_tokens.weight.dtype.itemsize
+    token_bytes = numbers * model.model.embed_tokens.weight.dtype.itemsize
+    own = timed["own_tokens"] + reply
     return {
         "seconds_to_first_token": timed["first"],
         "tokens_per_second": 1 / timed["later"],
-        "kv_bytes": round(bytes_ * (timed["tokens"] + reply)),
+        "kv_bytes": round(token_bytes * (timed["shared_tokens"] + own)),
+        "kv_bytes_in_flight": round(token_bytes * (timed["shared_tokens"] + users * own)),
         "seconds_per_request": timed["first"] + (reply - 1) * timed["later"],
     }
 
@@ -263,7 +277,7 @@ def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llam
     return model.eval(), chat
 
 
-def measure(run: Run, loaded: tuple[Llama, Chat] | None = None) -> dict:
+def measure(run: Run, loaded: tuple[Llama, Chat] | None, users: int) -> dict:
     """Measure everything -> the content of report.json. Raises ValueError for an unfinished run."""
     clock = time.perf_counter()
     model, chat = open_model(run, loaded)
@@ -281,7 +295,7 @@ def measure(run: Run, loaded: tuple[Llama, Chat] | None = None) -> dict:
     asked = [r for r in held_out if len(loss.pg_sequence(chat, prompt, r).ids) <= chat.context]
     recited = recall(voice, prompt, asked[:RECALLED]) if asked else None
     spent = seconds["synth"] + seconds["train"]
-    paid = break_even(model, chat, prompt, held_out, spent)  # last: it merges the adapter
+    paid = break_even(model, chat, prompt, held_out, spent, users)  # last: it merges the adapter
     return {
         "model": run.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": run.lam,
         "trainable_params": trainable, "total_params": total,
@@ -338,19 +352,23 @@ adapter can read the prompt)
 
 
 def costs(report: dict) -> str:
-    """What a request costs in each of the four ways, and when the training has paid."""
-    paid, seconds = report["break_even"], report["seconds"]
-    ways = ("full_prompt", "prefix_cached", "adapter", "merged")
-    after = {
-        rival: f"after {n:,} requests" if isinstance(n, int) else n
-        for rival, n in paid["pays_after_requests"].items()
-    }
-    return f"""| one request | to first token | tokens/s | KV cache | whole reply |
-|---|---|---|---|---|
-{chr(10).join(request_line(way, paid[way]) for way in ways)}
+    """What a request costs in each way on each kind of weights, and when the training has paid."""
+    paid = report["break_even"]
+    seconds = report["seconds"]
+    told = [f"spent {seconds['synth']:.0f} s on synthesis and {seconds['train']:.0f} s on training"]
+    for name, weights in (("trained", "the weights of the training"), ("dense", "dense weights")):
+        rows = dict(paid[name])
+        after = rows.pop("pays_after_requests")
+        head = f"one request, {weights} | to first token | tokens/s | whole reply"
+        lines = [f"| {head} | KV cache | at {paid['users']} users |", "|---" * 6 + "|"]
+        told.append("\n".join(lines + [request_line(way, row) for way, row in rows.items()]))
+        verdicts = [f"against the {way.replace('_', ' ')} {pays(n)}" for way, n in after.items()]
+        told.append(f"on {weights} it pays, {', '.join(verdicts)}")
+    return "\n\n".join(told)
 
-spent {seconds["synth"]:.0f} s on synthesis and {seconds["train"]:.0f} s on training; against the
-full prompt it pays {after["full_prompt"]}, against a cached prompt {after["prefix_cached"]}"""
+
+def pays(requests: int | str) -> str:
+    return f"after {requests:,} requests" if isinstance(requests, int) else requests
 
 
 def interval(row: dict) -> str:
@@ -358,17 +376,18 @@ def interval(row: dict) -> str:
 
 
 def request_line(way: str, row: dict) -> str:
-    first, whole = 1e3 * row["seconds_to_first_token"], 1e3 * row["seconds_per_request"]
-    cells = f"{first:.1f} ms | {row['tokens_per_second']:.0f} | {row['kv_bytes'] / 2**20:.2f} MiB"
-    return f"| {way.replace('_', ' ')} | {cells} | {whole:.0f} ms |"
+    first = f"{1e3 * row['seconds_to_first_token']:.1f} ms | {row['tokens_per_second']:.0f}"
+    whole = f"{1e3 * row['seconds_per_request']:.0f} ms"
+    memory = f"{row['kv_bytes'] / 2**20:.2f} | {row['kv_bytes_in_flight'] / 2**20:.1f} MiB"
+    return f"| {way.replace('_', ' ')} | {first} | {whole} | {memory} |"
 
 
 def report(
-    folder: Path, loaded: tuple[Llama, Chat] | None = None, device: str | None = None
+    folder: Path, loaded: tuple[Llama, Chat] | None, device: str | None = None, users: int = USERS
 ) -> None:
     """Make the report of a finished run, write it into its folder and print it."""
     run = runs.load_run(folder, device)
-    found = measure(run, loaded)
+    found = measure(run, loaded, users)
     page = markdown(found, folder.name)
     try:
         runs.write_json(folder / "report.json", found)
@@ -382,8 +401,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Report on a finished run.")
     parser.add_argument("--run", type=Path, required=True, help="run folder of genpi.py")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the run's own")
+    parser.add_argument("--users", type=int, default=USERS, help="requests in flight at a time")
     args = parser.parse_args(argv)
-    return runs.exit_code(report, args.run, None, args.device)
+    return runs.exit_code(report, args.run, None, args.device, args.users)
 
 
 if __name__ == "__main__":

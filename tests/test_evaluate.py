@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import evaluate
+import lora
 from chat import Chat
 from evaluate import (
     gap_closed,
@@ -22,6 +23,7 @@ from evaluate import (
 from loss import IGNORE, Sequence, pg_sequence, token_nll
 from model import Config, Llama
 from prompt import TASKS, parse_prompt
+from quant import NF4Linear, quantize_nf4
 from runs import Record
 from sampler import Voice
 
@@ -84,6 +86,49 @@ def test_requests_pay_once_they_saved_what_was_spent():
     assert requests_to_pay(10, slow, fast) == 25
     assert requests_to_pay(10, fast, slow) == requests_to_pay(10, fast, fast)
     assert requests_to_pay(10, fast, slow) == "never: use prefix caching"
+
+
+def test_ways_are_compared_on_the_same_weights(monkeypatch):
+    """Dense weights thrice as fast as NF4 say nothing for the adapter: it pays only where a prompt
+    on the same weights is slower, and never where it is not.
+    """
+    torch.manual_seed(0)
+    model = Llama(Config(1792, 32, 48, 2, 2, 2, 16, 2048)).eval()
+    for layer in model.model.layers:
+        for parent, name in ((layer.mlp, "up_proj"), (layer.self_attn, "q_proj")):
+            weight = quantize_nf4(getattr(parent, name).weight)
+            setattr(parent, name, NF4Linear(weight))
+    lora.add_lora(model, 2, 4, 0.0)
+
+    def timed(model, ids, prefix=None):
+        packed = any(isinstance(m, NF4Linear) for m in model.modules())
+        shared = prefix.bound if prefix else 0
+        later = 0.03 if packed else 0.01
+        first = later * (2 if len(ids) > 100 else 1)  # only the full prompt takes longer to read
+        return {"first": first, "later": later, "own_tokens": len(ids), "shared_tokens": shared}
+
+    monkeypatch.setattr(evaluate, "time_request", timed)
+    prompt = parse_prompt("Say Act: first. " * 40)
+    found = evaluate.break_even(model, CHAT, prompt, [RECORD], spent=10, users=8)
+    for name, saved in (("trained", 0.03), ("dense", 0.01)):
+        pays = found[name]["pays_after_requests"]
+        assert pays["full_prompt"] == pytest.approx(10 / saved, abs=1)
+        assert pays["prefix_cached"] == "never: use prefix caching"
+    assert set(found["trained"]) - {"pays_after_requests"} == {
+        "full_prompt", "prefix_cached", "adapter"
+    }  # fmt: skip
+    assert set(found["dense"]) - {"pays_after_requests"} == {
+        "full_prompt", "prefix_cached", "merged"
+    }  # fmt: skip
+
+
+def test_a_cached_prompt_is_held_once_for_all_users(model):
+    """8 users of 5 + 15 tokens over 100 shared ones hold 100 + 8 * 20 tokens, not 8 * 120."""
+    timed = {"first": 1.0, "later": 0.5, "own_tokens": 5, "shared_tokens": 100}
+    row = evaluate.request(model, timed, reply=15, users=8)
+    token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
+    assert row["kv_bytes"] == 120 * token and row["kv_bytes_in_flight"] == 260 * token
+    assert row["seconds_per_request"] == 1.0 + 14 * 0.5
 
 
 def nll_by_hand(model, sequence: Sequence) -> list[float]:
