@@ -2,7 +2,10 @@
 
     python evaluate.py --run runs/os
 
-prints the report of a finished run and writes report.json and report.md. Everything is measured on
+    python evaluate.py --run runs/os --against runs/os-sft
+
+The first prints the report of a finished run and writes report.json and report.md; the second says
+whether two adapters differ. Everything is measured on
 the held-out pseudo inputs, which training never saw, with one set of weights: the adapter is
 switched on and off.
 
@@ -37,13 +40,12 @@ import lora
 import loss
 import runs
 from chat import Chat
-from checkpoint import find_folder
-from model import KVCache, Llama, load_model, prefill
+from model import KVCache, Llama, prefill
 from prompt import Prompt, Task, student_messages
 from runs import Record, Run
 from sampler import Sampling, Voice, say
 from synth import quality
-from train import micro_batches
+from train import micro_batches, open_model
 
 RECALLED = 4  # held-out records from which the prompt is asked back
 REPEATS = 5  # break-even: the median of so many requests ...
@@ -64,11 +66,6 @@ def wilson(k: int, n: int, z: float = 1.96) -> dict:
     return {"k": k, "n": n, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
 
 
-def teacher_sequence(chat: Chat, prompt: Prompt, record: Record) -> loss.Sequence:
-    """The conversation with p in the context; the agent's turns after p are the targets."""
-    return loss.turns_sequence(chat, prompt.teacher(record.pseudo_input), record)
-
-
 @torch.no_grad()
 def mean_nll(model: Llama, sequences: list[loss.Sequence], tokens: int) -> float:
     """nats/token over all targets."""
@@ -82,7 +79,7 @@ def nll_of_three(model: Llama, chat: Chat, run: Run, records: list[Record]) -> d
     """nats/token of the teacher's turns: base without p, base with p, adapter without p."""
     tokens = run.micro_tokens
     bare = [loss.sft_sequence(chat, record) for record in records]
-    prompted = [teacher_sequence(chat, run.prompt, record) for record in records]
+    prompted = [loss.teacher_sequence(chat, run.prompt, record) for record in records]
     adapter = mean_nll(model, bare, tokens)
     with lora.adapter_off(model):
         base = mean_nll(model, bare, tokens)
@@ -102,20 +99,29 @@ def same_action(task: Task, ours: str, teachers: str) -> bool:
     return ours == teachers if action is None else task.act(ours) == action
 
 
-def agreement(voice: Voice, task: Task, records: list[Record], limit: int) -> dict:
-    """k of n first replies that take the teacher's action: without p, the model and the adapter."""
+def agrees(task: Task, texts: list[str], records: list[Record]) -> list[bool]:
+    """For each first reply, whether it takes the teacher's action."""
+    return [same_action(task, t, r.teacher) for t, r in zip(texts, records, strict=True)]
+
+
+def first_replies(voice: Voice, records: list[Record], limit: int) -> list[str]:
+    """What a voice says to the inputs of these records without p, greedily."""
     asked = [student_messages(record.pseudo_input) for record in records]
+    return say(voice, asked, Sampling(limit))
+
+
+def agreement(voice: Voice, task: Task, records: list[Record], limit: int) -> dict:
+    """k of n first replies that take the teacher's action: without p, the model and the adapter.
+
+    The teacher agrees with itself by construction; its row is there for its interval.
+    """
     replies = {
         "base": [record.student for record in records],
         "teacher": [record.teacher for record in records],
-        "adapter": say(voice, asked, Sampling(limit)),
+        "adapter": first_replies(voice, records, limit),
     }
-    found = {}
-    for who, texts in replies.items():
-        pairs = zip(texts, records, strict=True)
-        same = sum(same_action(task, text, record.teacher) for text, record in pairs)
-        found[who] = wilson(same, len(records))
-    return found
+    same = {who: agrees(task, texts, records) for who, texts in replies.items()}
+    return {who: wilson(sum(found), len(found)) for who, found in same.items()}
 
 
 def matched_ratio(wanted: list[int], said: list[int]) -> float:
@@ -135,13 +141,9 @@ def recall(voice: Voice, prompt: Prompt, records: list[Record]) -> dict:
     ratios = [matched_ratio(wanted, tokens) for tokens in recited]
     rows = [line_nll(voice.model, chat, prompt, record) for record in records]
     means = map(statistics.mean, zip(*rows, strict=True))  # of a line over the records
-    pairs = zip(prompt_lines(prompt), means, strict=True)
+    pairs = zip(prompt.text.splitlines(True), means, strict=True)
     lines = [{"text": line, "nll": nll} for line, nll in pairs if line.strip()]
     return {"ratio": statistics.mean(ratios), "lines": sorted(lines, key=lambda row: -row["nll"])}
-
-
-def prompt_lines(prompt: Prompt) -> list[str]:
-    return prompt.text.splitlines(keepends=True)
 
 
 @torch.no_grad()
@@ -153,7 +155,7 @@ def line_nll(model: Llama, chat: Chat, prompt: Prompt, record: Record) -> list[f
     asked = targets != loss.IGNORE
     logits = model(torch.tensor([sequence.ids], device=device), at=asked).float()
     nats = F.cross_entropy(logits, targets[asked], reduction="none").tolist()
-    ends = [len(chat.tokens(text)) for text in accumulate(prompt_lines(prompt))]
+    ends = [len(chat.tokens(text)) for text in accumulate(prompt.text.splitlines(True))]
     return [sum(nats[a:b]) / max(1, b - a) for a, b in pairwise([0, *ends])]
 
 
@@ -256,25 +258,14 @@ def requests_to_pay(spent: float, rival: dict, ours: dict) -> int | str:
 # -------------------------------------------------------------------------------------- report
 
 
-def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llama, Chat]:
-    """The base model of a run with the adapter in its folder. loaded: the base, if it is there.
-
-    Raises: ValueError if the base has changed, or the adapter is missing or damaged.
-    """
-    config = run.folder / lora.CONFIG
-    if not config.exists():
-        told = "has no finished adapter; run genpi.py with the same flags to finish it"
+def held_out_records(run: Run, records: list[Record]) -> list[Record]:
+    """The held-out records that can be measured. Raises: ValueError if there are none."""
+    _, held_out = runs.split_records(records, run.samples, run.held_out)
+    held_out = [record for record in held_out if not record.overlong]
+    if not held_out:
+        told = "no held-out record fits the context; make more with --held-out"
         raise ValueError(f"{run.folder}: {told}")
-    if runs.fingerprint(find_folder(run.model)) != run.model_sha256:
-        told = f"{run.model} has changed since {run.folder} was made; run genpi.py anew"
-        raise ValueError(told)
-    model, chat = loaded or load_model(run.model, run.device, bits=run.bits)
-    try:
-        lora.load_adapter(model, run.folder, base_model=run.model)
-    except ValueError as error:
-        cure = f"delete {config}, and genpi.py goes on from its checkpoint"
-        raise ValueError(f"{error}; {cure}") from None
-    return model.eval(), chat
+    return held_out
 
 
 def measure(run: Run, loaded: tuple[Llama, Chat] | None, users: int) -> dict:
@@ -282,11 +273,8 @@ def measure(run: Run, loaded: tuple[Llama, Chat] | None, users: int) -> dict:
     clock = time.perf_counter()
     model, chat = open_model(run, loaded)
     records, seconds = runs.load_records(run)
-    training, held_out = runs.split_records(records, run.samples, run.held_out)
-    held_out = [record for record in held_out if record.turns and not record.overlong]
-    if not held_out:
-        told = "no held-out record fits the context; make more with --held-out"
-        raise ValueError(f"{run.folder}: {told}")
+    held_out = held_out_records(run, records)
+    training, _ = runs.split_records(records, run.samples, run.held_out)
     prompt = run.prompt
     voice = Voice(model, chat, run.slots)
     trainable, total = count_parameters(model)
@@ -317,7 +305,8 @@ def count_parameters(model: Llama) -> tuple[int, int]:
 
 def markdown(report: dict, name: str) -> str:
     """The report as one page: a table a question."""
-    nll, agree = report["nll"], report["agreement"]
+    nll = report["nll"]
+    agree = report["agreement"]
     whom = ("base", "teacher", "adapter")
     share = 100 * report["trainable_params"] / report["total_params"]
     return f"""# {name}: {report["prompt_tokens"]} prompt tokens in {report["trainable_params"]:,} \
@@ -338,7 +327,8 @@ parameters ({share:.1f} %)
 
 def internalised(report: dict) -> str:
     """How much of the gap is closed and of p is known; says so where there is no answer."""
-    closed, known = report["gap_closed"], report["recall"]
+    closed = report["gap_closed"]
+    known = report["recall"]
     gap = "no gap to close: the prompt does not help" if closed is None else f"{closed:.3f}"
     if known is None:
         return f"gap closed {gap}; recall of the prompt not asked: it does not fit the context"
@@ -397,12 +387,65 @@ def report(
     print(f"\n{page}")
 
 
+# ------------------------------------------------------------------------------------ two runs
+
+
+def compare(folder: Path, against: Path, device: str | None) -> None:
+    """Print how two adapters differ on the same held-out inputs, in one sentence.
+
+    Raises: ValueError if the runs do not hold out the same inputs, with the same teacher.
+    """
+    asked = []
+    same = []
+    for run in (runs.load_run(folder, device), runs.load_run(against, device)):
+        model, chat = open_model(run)
+        records = held_out_records(run, runs.load_records(run)[0])
+        replies = first_replies(Voice(model, chat, run.slots), records, run.max_new_tokens)
+        asked.append([(record.pseudo_input, record.teacher) for record in records])
+        same.append(agrees(run.task, replies, records))
+    if asked[0] != asked[1]:
+        told = "do not hold out the same records; copy inputs.json and data.jsonl from one"
+        raise ValueError(f"{folder} and {against} {told} before training the other")
+    found = paired_difference(*same)
+    counts = [f"{sum(each)} of {len(each)}" for each in same]
+    low, gap, high = (f"{100 * found[key]:+.1f}" for key in ("low", "difference", "high"))
+    print(
+        f"{folder} takes the teacher's action on {counts[0]} held-out inputs, {against} on "
+        f"{counts[1]}: {gap} points (95 %: {low} to {high}); {found['only_ours']} only the first, "
+        f"{found['only_theirs']} only the second, exact McNemar p = {found['p']:.2f}: "
+        f"{'told apart' if found['p'] < 0.05 else 'not told apart'}"
+    )
+
+
+def paired_difference(ours: list[bool], theirs: list[bool]) -> dict:
+    """Compare outcomes on the same inputs: difference of the shares, its bootstrap interval, and p.
+
+    p: of a split of the inputs that differ at least as uneven, if each went either way by a fair
+    coin (exact McNemar test, two-sided). The interval is of 10,000 resamples of the inputs.
+    """
+    gaps = torch.tensor(ours).double() - torch.tensor(theirs).double()
+    only_ours = int((gaps > 0).sum())
+    only_theirs = int((gaps < 0).sum())
+    differ = only_ours + only_theirs
+    rarer = min(only_ours, only_theirs)
+    tail = sum(math.comb(differ, i) for i in range(rarer + 1)) / 2**differ
+    draw = torch.Generator().manual_seed(0)
+    resamples = torch.randint(len(gaps), (10_000, len(gaps)), generator=draw)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = gaps[resamples].mean(1).quantile(ends).tolist()
+    found = {"difference": gaps.mean().item(), "low": low, "high": high, "p": min(1.0, 2 * tail)}
+    return found | {"only_ours": only_ours, "only_theirs": only_theirs}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Report on a finished run.")
     parser.add_argument("--run", type=Path, required=True, help="run folder of genpi.py")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the run's own")
+    parser.add_argument("--against", type=Path, metavar="RUN", help="compare with this run instead")
     parser.add_argument("--users", type=int, default=USERS, help="requests in flight at a time")
     args = parser.parse_args(argv)
+    if args.against:
+        return runs.exit_code(compare, args.run, args.against, args.device)
     return runs.exit_code(report, args.run, None, args.device, args.users)
 
 

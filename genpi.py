@@ -54,7 +54,7 @@ import lora
 import runs
 from chat import Chat
 from checkpoint import find_folder
-from evaluate import open_model, report
+from evaluate import report
 from loss import joint_loss as joint_loss
 from loss import pg_sequence, sft_sequence
 from loss import token_nll as token_nll
@@ -64,7 +64,7 @@ from runs import Record
 from sampler import Sampling, Voice
 from server import Server, connect
 from synth import WAVE, Plan, print_quality, quality, synthesise
-from train import Recipe, join_team, leave_team, team, train, wait_for_team
+from train import Recipe, join_team, leave_team, open_model, team, train, wait_for_team
 
 HERE = Path(__file__).resolve().parent
 # The embedded model is 4,000 times smaller than the paper's: a higher rate, and less of all else.

@@ -100,6 +100,11 @@ def sft_sequence(chat: Chat, record: Record) -> Sequence:
     return turns_sequence(chat, student_messages(record.pseudo_input), record)
 
 
+def teacher_sequence(chat: Chat, prompt: Prompt, record: Record) -> Sequence:
+    """The conversation with p in the context; the agent's turns after p are the targets."""
+    return turns_sequence(chat, prompt.teacher(record.pseudo_input), record)
+
+
 QUESTION = """A user wrote:
 
 {record.pseudo_input}

@@ -32,9 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora
+from chat import Chat
+from checkpoint import find_folder
 from loss import IGNORE, Sequence, joint_loss, sequence_nll, token_nll
-from model import Llama
-from runs import append_row, hash_seed, read_metrics, replacing, write_rows
+from model import Llama, load_model
+from runs import Run, append_row, fingerprint, hash_seed, read_metrics, replacing, write_rows
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,27 @@ def forget_metrics(path: Path, after: int) -> None:
     """Drop the lines of steps after the checkpoint: they will be done again."""
     if path.exists():
         write_rows(path, [row for row in read_metrics(path) if row["step"] <= after])
+
+
+def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llama, Chat]:
+    """The base model of a run with the adapter in its folder. loaded: the base, if it is there.
+
+    Raises: ValueError if the base has changed, or the adapter is missing or damaged.
+    """
+    config = run.folder / lora.CONFIG
+    if not config.exists():
+        told = "has no finished adapter; run genpi.py with the same flags to finish it"
+        raise ValueError(f"{run.folder}: {told}")
+    if fingerprint(find_folder(run.model)) != run.model_sha256:
+        told = f"{run.model} has changed since {run.folder} was made; run genpi.py anew"
+        raise ValueError(told)
+    model, chat = loaded or load_model(run.model, run.device, bits=run.bits)
+    try:
+        lora.load_adapter(model, run.folder, base_model=run.model)
+    except ValueError as error:
+        cure = f"delete {config}, and genpi.py goes on from its checkpoint"
+        raise ValueError(f"{error}; {cure}") from None
+    return model.eval(), chat
 
 
 # ------------------------------------------------------------------------------ several processes

@@ -547,6 +547,17 @@ def test_a_record_that_is_there_twice(run, again):
     complaint(run("--out", again), again / "data.jsonl", "line 3", "delete that line")
 
 
+def test_runs_that_hold_out_other_inputs_are_not_compared(run, again, tmp_path):
+    """Two runs are compared on the same held-out records, or not at all."""
+    other = shutil.copytree(again, tmp_path / "other")
+    code, stdout, _ = run("--run", again, "--against", other, main=evaluate.main)
+    assert code == 0 and "not told apart" in stdout and "+0.0 points" in stdout
+    text = (other / "data.jsonl").read_text(encoding="utf-8")
+    (other / "data.jsonl").write_text(text.replace(INPUTS[-1], "Say yes."), encoding="utf-8")
+    ended = run("--run", again, "--against", other, main=evaluate.main)
+    complaint(ended, again, other, "same records")
+
+
 def test_a_report_on_missing_records(report, again):
     """With a record missing, trained and held-out ones would be mixed up: no report."""
     lines = (again / "data.jsonl").read_text(encoding="utf-8").splitlines(True)

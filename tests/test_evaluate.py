@@ -15,12 +15,12 @@ from evaluate import (
     line_nll,
     matched_ratio,
     mean_nll,
+    paired_difference,
     requests_to_pay,
     same_action,
-    teacher_sequence,
     wilson,
 )
-from loss import IGNORE, Sequence, pg_sequence, token_nll
+from loss import IGNORE, Sequence, pg_sequence, teacher_sequence, token_nll
 from model import Config, Llama
 from prompt import TASKS, parse_prompt
 from quant import NF4Linear, quantize_nf4
@@ -86,6 +86,27 @@ def test_requests_pay_once_they_saved_what_was_spent():
     assert requests_to_pay(10, slow, fast) == 25
     assert requests_to_pay(10, fast, slow) == requests_to_pay(10, fast, fast)
     assert requests_to_pay(10, fast, slow) == "never: use prefix caching"
+
+
+def test_two_runs_are_compared_input_by_input():
+    """3 inputs only ours, 1 only theirs, of 10: +20 points; p = 2 (1 + 4) / 2^4, by hand."""
+    ours = [True] * 8 + [False] * 2
+    theirs = [True] * 5 + [False] * 3 + [True, False]
+    found = paired_difference(ours, theirs)
+    assert found["difference"] == pytest.approx(0.2)
+    assert (found["only_ours"], found["only_theirs"]) == (3, 1)
+    assert found["p"] == pytest.approx(2 * (1 + 4) / 16)
+    assert found["low"] < 0.2 < found["high"]
+    turned = paired_difference(theirs, ours)
+    assert turned["p"] == found["p"] and turned["difference"] == pytest.approx(-0.2)
+
+
+def test_a_difference_of_many_pairs_can_be_told():
+    """10 inputs only ours and none theirs: p = 2 / 2^10, and the interval leaves 0 out."""
+    found = paired_difference([True] * 40, [True] * 30 + [False] * 10)
+    assert found["p"] == pytest.approx(2 / 1024) and found["low"] > 0
+    same = paired_difference([True, False] * 9, [True, False] * 9)
+    assert (same["p"], same["low"], same["high"]) == (1, 0, 0)
 
 
 def test_ways_are_compared_on_the_same_weights(monkeypatch):
