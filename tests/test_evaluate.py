@@ -18,6 +18,7 @@ from evaluate import (
     paired_difference,
     requests_to_pay,
     same_action,
+    sign_test,
     wilson,
 )
 from loss import IGNORE, Sequence, pg_sequence, teacher_sequence, token_nll
@@ -82,10 +83,19 @@ def test_the_report_says_where_there_is_no_answer():
 
 def test_requests_pay_once_they_saved_what_was_spent():
     """10 s spent, 0.4 s saved a request: after 25. Nothing saved: never."""
-    slow, fast = {"seconds_per_request": 0.5}, {"seconds_per_request": 0.1}
+    slow, fast = {"rounds": [0.5] * 9}, {"rounds": [0.1] * 9}
     assert requests_to_pay(10, slow, fast) == 25
     assert requests_to_pay(10, fast, slow) == requests_to_pay(10, fast, fast)
     assert requests_to_pay(10, fast, slow) == "never: use prefix caching"
+
+
+def test_rounds_that_disagree_give_no_verdict():
+    """Faster in 8 of 9 rounds is told apart (p = 20 / 512), in 7 of 9 it is not (p = 92 / 512)."""
+    rival = {"rounds": [0.5] * 9}
+    eight, seven = ({"rounds": [0.4] * n + [0.6] * (9 - n)} for n in (8, 7))
+    assert sign_test(8, 1) == pytest.approx(20 / 512) and sign_test(2, 7) == pytest.approx(92 / 512)
+    assert requests_to_pay(10, rival, eight) in (100, 101)  # 0.5 - 0.4 is a little below 0.1
+    assert requests_to_pay(10, rival, seven) == "no verdict: faster in 7 of 9 rounds"
 
 
 def test_two_runs_are_compared_input_by_input():
@@ -123,10 +133,8 @@ def test_ways_are_compared_on_the_same_weights(monkeypatch):
 
     def timed(model, ids, prefix=None):
         packed = any(isinstance(m, NF4Linear) for m in model.modules())
-        shared = prefix.bound if prefix else 0
         later = 0.03 if packed else 0.01
-        first = later * (2 if len(ids) > 100 else 1)  # only the full prompt takes longer to read
-        return {"first": first, "later": later, "own_tokens": len(ids), "shared_tokens": shared}
+        return later * (2 if len(ids) > 100 else 1), later  # only the full prompt is slower to read
 
     monkeypatch.setattr(evaluate, "time_request", timed)
     prompt = parse_prompt("Say Act: first. " * 40)
@@ -134,22 +142,27 @@ def test_ways_are_compared_on_the_same_weights(monkeypatch):
     for name, saved in (("trained", 0.03), ("dense", 0.01)):
         pays = found[name]["pays_after_requests"]
         assert pays["full_prompt"] == pytest.approx(10 / saved, abs=1)
-        assert pays["prefix_cached"] == "never: use prefix caching"
+        assert pays["cached_prompt"] == "never: use prefix caching"
     assert set(found["trained"]) - {"pays_after_requests"} == {
-        "full_prompt", "prefix_cached", "adapter"
+        "full_prompt", "cached_prompt", "adapter"
     }  # fmt: skip
     assert set(found["dense"]) - {"pays_after_requests"} == {
-        "full_prompt", "prefix_cached", "merged"
+        "full_prompt", "cached_prompt", "merged"
     }  # fmt: skip
 
 
 def test_a_cached_prompt_is_held_once_for_all_users(model):
-    """8 users of 5 + 15 tokens over 100 shared ones hold 100 + 8 * 20 tokens, not 8 * 120."""
-    timed = {"first": 1.0, "later": 0.5, "own_tokens": 5, "shared_tokens": 100}
-    row = evaluate.request(model, timed, reply=15, users=8)
+    """8 users of 20 tokens over 100 shared ones hold 100 + 8 * 20 tokens, not 8 * 120."""
     token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
-    assert row["kv_bytes"] == 120 * token and row["kv_bytes_in_flight"] == 260 * token
-    assert row["seconds_per_request"] == 1.0 + 14 * 0.5
+    expected = {"kv_bytes": 120 * token, "kv_bytes_in_flight": 260 * token}
+    assert evaluate.kv_bytes(model, shared=100, own=20, users=8) == expected
+
+
+def test_a_request_is_its_first_token_and_the_others():
+    """Rounds of (1, 0.5) and (3, 0.5): 1 or 3 s, then 14 times 0.5 s for a reply of 15 tokens."""
+    row = evaluate.request([(1.0, 0.5), (3.0, 0.5)], reply=15)
+    assert row["rounds"] == [8.0, 10.0] and row["seconds_per_request"] == 9.0
+    assert (row["seconds_to_first_token"], row["tokens_per_second"]) == (2.0, 2.0)
 
 
 def nll_by_hand(model, sequence: Sequence) -> list[float]:
