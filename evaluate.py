@@ -255,9 +255,7 @@ def request(rounds: list[tuple[float, float]], reply: float) -> dict:
 
 def kv_bytes(model: Llama, shared: int, own: float, users: int) -> dict:
     """Bytes of keys and values for so many tokens, alone and with `users` requests in flight."""
-    c = model.config
-    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim  # of a token
-    token = numbers * model.lm_head.weight.dtype.itemsize
+    token = 2 * KVCache(model, 1, 1).k.nbytes  # keys and values of one token
     alone = round(token * (shared + own))
     return {"kv_bytes": alone, "kv_bytes_in_flight": round(token * (shared + users * own))}
 
