@@ -1,13 +1,11 @@
 """How much of the prompt was internalised, and does it pay?
 
-    python evaluate.py --run runs/os
+    python evaluate.py --run runs/os                             the report of a finished run
+    python evaluate.py --run runs/os --against runs/os-sft       do two adapters differ?
 
-    python evaluate.py --run runs/os --against runs/os-sft
-
-The first prints the report of a finished run and writes report.json and report.md; the second says
-whether two adapters differ. Everything is measured on
-the held-out pseudo inputs, which training never saw, with one set of weights: the adapter is
-switched on and off.
+The first prints the report and writes report.json and report.md. Everything is measured on the
+held-out pseudo inputs, which training never saw. All but the costs is measured with one set of
+weights: the adapter is switched on and off.
 
     nll          nats/token of the teacher's turns: base without p, base with p (the teacher),
                  adapter without p

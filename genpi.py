@@ -17,8 +17,8 @@ Departures from the paper, each with its reason:
   * each term of the loss is a mean over all target tokens of the batch, not over micro-batches, so
     that the gradient does not depend on how the batch is cut up;
   * a target is never cut: the authors' code stops L_PG at 512 tokens, which loses most of a long p
-    and all of r. A record that does not fit the context is left out and counted;
-    A text that reached its limit is taught without an end of turn;
+    and all of r. A record that does not fit the context is left out and counted, and a text that
+    reached its limit of tokens is taught without an end of turn;
   * the demonstrations are ours, or --demos (the paper takes five of the validation set); a prompt
     that has none is shown the inputs found so far (Self-Instruct);
   * inputs and reasons are written by the model itself, unless --generator names a larger one (the
@@ -27,7 +27,7 @@ Departures from the paper, each with its reason:
     the authors' have none: the model is asked as it will be served;
   * x is the bare problem also where the open turn of p frames it, since that is what arrives once p
     is gone; the authors' student still reads the frame of the OS prompt;
-  * the worked examples that the environment reads are closed by [END], which shows it when;
+  * the worked examples that the environment reads are closed by [END], to show it when that is due;
   * the gradient is clipped at norm 1 everywhere, in the authors' code at 0.5 for the web tasks;
   * a conversation that ends with a final action ends even if the environment forgets to say [END];
   * every step seeds its own dropout, so that an interrupted run ends with the same bits as an

@@ -10,7 +10,8 @@ model must also learn to stop. A text that reached its limit of tokens has no en
 author never said that it ends there. Here they are sums; train_step divides each, once, by the
 target tokens of the whole batch.
 
-Left out: cutting a target. The authors' code stops p and r at 512 tokens, ours are whole or absent.
+Left out: cutting a target. The authors' code stops p and r at 512 tokens, here all that was written
+is a target, or the record is left out.
 
 Letters: B rows, T tokens, V vocabulary, D width, N target tokens. Source: GenPI section 4.
 """
