@@ -45,6 +45,7 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -220,7 +221,9 @@ def check_prompt_fits(chat: Chat, prompt: Prompt, max_new_tokens: int) -> None:
 # ----------------------------------------------------------------------------------------- --chat
 
 HELP = """Talk to the internalised model. /base: the plain model; /prompt: the plain model with \
-the prompt; /adapter: back; /new: forget the conversation; /quit."""
+the prompt; /adapter: back; /new: forget the conversation; /quit. A message of several lines \
+stands between two lines of three double quotes."""
+QUOTES = '"""'
 
 
 def talk(folder: Path, device: str | None) -> None:
@@ -232,7 +235,7 @@ def talk(folder: Path, device: str | None) -> None:
     turns = []
     while True:
         try:
-            said = input(f"\n{mode}> ").encode(errors="replace").decode().strip()
+            said = read_message(f"\n{mode}> ")
         except EOFError:
             return
         if said == "/quit":
@@ -241,7 +244,7 @@ def talk(folder: Path, device: str | None) -> None:
             if said != "/new":
                 mode = said[1:]
             turns = []  # a mode begins anew
-        elif said.startswith("/"):
+        elif re.fullmatch(r"/\w*", said):  # no path, which may begin a message
             print(HELP)
         elif said:
             opening = run.prompt.teacher if mode == "prompt" else student_messages
@@ -253,6 +256,19 @@ def talk(folder: Path, device: str | None) -> None:
                 turns += [said, reply]
             except ValueError as error:
                 print(f"{str(error).partition(';')[0]}; begin another with /new")
+
+
+def read_message(ask: str) -> str:
+    """What the user types: a line, or all lines between two of three double quotes."""
+
+    def line(ask: str) -> str:
+        return input(ask).encode(errors="replace").decode().rstrip()
+
+    first = line(ask).lstrip()
+    if first != QUOTES:
+        return first
+    lines = iter(partial(line, "... "), QUOTES)  # until a line is that
+    return "\n".join(lines).strip()
 
 
 def say_aloud(voice: Voice, messages: list[dict], limit: int) -> str:

@@ -17,6 +17,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,8 +248,18 @@ def normalised(text: str) -> str:
 # ------------------------------------------------------------------------------------- role-play
 
 
-def role_play(voice: Voice, plan: Plan, records: list[Record]) -> None:
+def role_play(
+    voice: Voice,
+    plan: Plan,
+    records: list[Record],
+    opening: Callable[[str], list[dict]] | None = None,
+    as_environment: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
     """Stage 2: fill in the turns; agent and environment alternate greedily, all in step.
+
+    opening: x -> what the agent reads of it (None: p with x in its place); as_environment: what the
+    model is put into while it plays the environment. Both serve the report, where the adapter is
+    the agent without p, and its base the environment.
 
     A conversation ends when the environment says [END] (which is not kept), with a final action,
     with a turn that was cut, at the limit of turns, or when it fills the context (then it is
@@ -256,22 +267,24 @@ def role_play(voice: Voice, plan: Plan, records: list[Record]) -> None:
     """
     prompt = plan.prompt
     task = plan.task
+    opening = opening or prompt.teacher
 
-    def as_agent(record: Record) -> list[dict]:
-        return conversation(prompt.teacher(record.pseudo_input), record.turns)
+    def agent_reads(record: Record) -> list[dict]:
+        return conversation(opening(record.pseudo_input), record.turns)
 
-    def as_environment(record: Record) -> list[dict]:
+    def environment_reads(record: Record) -> list[dict]:
         return environment_messages(prompt, task, record.pseudo_input, record.turns)
 
     live = records  # those in which the agent has its turn
     with bar("role-play", len(records), "chat") as progress:
         for turn in range(1, task.max_turns + 1):
-            spoken = say_next(voice, plan, live, as_agent)
+            spoken = say_next(voice, plan, live, agent_reads)
             for record, ended in spoken:
                 record.cut_turn = not ended
             if task.max_turns > 1:
                 whole = [record for record, ended in spoken if ended]
-                answered = say_next(voice, plan, whole, as_environment)
+                with as_environment():
+                    answered = say_next(voice, plan, whole, environment_reads)
                 last = turn == task.max_turns
                 live = [record for record, _ in answered if goes_on(record, task, last)]
                 progress.update(len(records) - len(live) - progress.n)

@@ -19,11 +19,13 @@ from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+import costs
 import evaluate
 import genpi
 import runs
 import synth
 import train
+from model import load_model
 
 FLAGS = """--samples 3 --held-out 1 --epochs 2 --batch 2 --max-new-tokens 8 --max-reason-tokens 8
 --rank 2 --save-every 1"""
@@ -99,8 +101,8 @@ def run(checkpoint, tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def report(run, monkeypatch):
     """Run evaluate.py on a folder, with short measurements -> (exit code, stdout, stderr)."""
-    monkeypatch.setattr(evaluate, "REPEATS", 1)
-    monkeypatch.setattr(evaluate, "DECODED", 2)
+    monkeypatch.setattr(costs, "REPEATS", 1)
+    monkeypatch.setattr(costs, "DECODED", 2)
     return lambda folder: run("--run", folder, main=evaluate.main)
 
 
@@ -664,6 +666,16 @@ def test_an_unfinished_run(run, again, flag):
     complaint(run(flag, unfinish(again), main=program), again, "no finished adapter", "same flags")
 
 
+def test_a_folder_for_the_merged_model(run, again, checkpoint):
+    """--merge writes a checkpoint that loads; into the base's own folder it is refused."""
+    ended = run("--run", again, "--merge", checkpoint, main=evaluate.main)
+    complaint(ended, checkpoint, "choose another folder")
+    merged = again / "merged"
+    code, stdout, _ = run("--run", again, "--merge", merged, main=evaluate.main)
+    assert code == 0 and str(merged) in stdout
+    load_model(merged, "cpu", bits=16)
+
+
 # ------------------------------------------------------------------------------------------- chat
 
 
@@ -683,3 +695,20 @@ def test_chat_with_a_full_context(run, again, monkeypatch):
 def test_chat_with_bytes_that_are_no_text(run, again, monkeypatch):
     """What a terminal could not decode does not end the chat."""
     assert talk(run, again, monkeypatch, "h\udcffi", "/quit")[0] == 0
+
+
+def test_chat_reads_a_message_of_several_lines(again, monkeypatch):
+    """Lines between two of three quotes are one message, inner spaces kept; a path is no command,
+    and what begins with a slash can be said.
+    """
+    heard = []
+
+    def reply(voice, messages, limit):
+        heard.append(messages[-1]["content"])
+        return "ok"
+
+    monkeypatch.setattr(genpi, "say_aloud", reply)
+    said = iter(['"""', "The output is:", "", "  7  ", '"""  ', "/etc is full.", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda ask: next(said))
+    genpi.talk(again, "cpu")
+    assert heard == ["The output is:\n\n  7", "/etc is full."]

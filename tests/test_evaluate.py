@@ -10,22 +10,21 @@ import evaluate
 import lora
 from chat import Chat
 from evaluate import (
+    agreement_by_turn,
+    asked_turns,
+    closed_loop,
+    closed_loop_agreement,
     gap_closed,
     internalised,
     line_nll,
     matched_ratio,
     mean_nll,
-    paired_difference,
-    requests_to_pay,
     same_action,
-    sign_test,
-    wilson,
 )
 from loss import IGNORE, Sequence, pg_sequence, teacher_sequence, token_nll
 from model import Config, Llama
 from prompt import TASKS, parse_prompt
-from quant import NF4Linear, quantize_nf4
-from runs import Record
+from runs import Record, Run
 from sampler import Voice
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -39,16 +38,6 @@ RECORD = Record(0, "Count the files.", TURNS, "Use ls.", "It acts.")
 def model():
     torch.manual_seed(0)
     return Llama(Config(1792, 32, 48, 2, 2, 2, 16, 2048)).eval()
-
-
-def test_wilson_is_the_interval_of_the_textbook():
-    """The ends p solve (p - k/n)^2 = z^2 p (1 - p) / n; 47 of 50 is 84 to 98 %."""
-    for k, n in ((47, 50), (0, 50), (50, 50), (1, 3)):
-        row = wilson(k, n)
-        for p in (row["low"], row["high"]):
-            assert (p - k / n) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
-    assert [round(100 * wilson(47, 50)[end]) for end in ("low", "high")] == [84, 98]
-    assert wilson(0, 0)["high"] == 1
 
 
 def test_matched_ratio_counts_tokens_in_order():
@@ -79,90 +68,6 @@ def test_the_report_says_where_there_is_no_answer():
     """Without a gap or without room for the question the page says so."""
     page = internalised({"gap_closed": None, "recall": None})
     assert "does not help" in page and "does not fit the context" in page
-
-
-def test_requests_pay_once_they_saved_what_was_spent():
-    """10 s spent, 0.4 s saved a request: after 25. Nothing saved: never."""
-    slow, fast = {"rounds": [0.5] * 9}, {"rounds": [0.1] * 9}
-    assert requests_to_pay(10, slow, fast) == 25
-    assert requests_to_pay(10, fast, slow) == requests_to_pay(10, fast, fast)
-    assert requests_to_pay(10, fast, slow) == "never: use prefix caching"
-
-
-def test_rounds_that_disagree_give_no_verdict():
-    """Faster in 8 of 9 rounds is told apart (p = 20 / 512), in 7 of 9 it is not (p = 92 / 512)."""
-    rival = {"rounds": [0.5] * 9}
-    eight, seven = ({"rounds": [0.4] * n + [0.6] * (9 - n)} for n in (8, 7))
-    assert sign_test(8, 1) == pytest.approx(20 / 512) and sign_test(2, 7) == pytest.approx(92 / 512)
-    assert requests_to_pay(10, rival, eight) in (100, 101)  # 0.5 - 0.4 is a little below 0.1
-    assert requests_to_pay(10, rival, seven) == "no verdict: faster in 7 of 9 rounds"
-
-
-def test_two_runs_are_compared_input_by_input():
-    """3 inputs only ours, 1 only theirs, of 10: +20 points; p = 2 (1 + 4) / 2^4, by hand."""
-    ours = [True] * 8 + [False] * 2
-    theirs = [True] * 5 + [False] * 3 + [True, False]
-    found = paired_difference(ours, theirs)
-    assert found["difference"] == pytest.approx(0.2)
-    assert (found["only_ours"], found["only_theirs"]) == (3, 1)
-    assert found["p"] == pytest.approx(2 * (1 + 4) / 16)
-    assert found["low"] < 0.2 < found["high"]
-    turned = paired_difference(theirs, ours)
-    assert turned["p"] == found["p"] and turned["difference"] == pytest.approx(-0.2)
-
-
-def test_a_difference_of_many_pairs_can_be_told():
-    """10 inputs only ours and none theirs: p = 2 / 2^10, and the interval leaves 0 out."""
-    found = paired_difference([True] * 40, [True] * 30 + [False] * 10)
-    assert found["p"] == pytest.approx(2 / 1024) and found["low"] > 0
-    same = paired_difference([True, False] * 9, [True, False] * 9)
-    assert (same["p"], same["low"], same["high"]) == (1, 0, 0)
-
-
-def test_ways_are_compared_on_the_same_weights(monkeypatch):
-    """Dense weights thrice as fast as NF4 say nothing for the adapter: it pays only where a prompt
-    on the same weights is slower, and never where it is not.
-    """
-    torch.manual_seed(0)
-    model = Llama(Config(1792, 32, 48, 2, 2, 2, 16, 2048)).eval()
-    for layer in model.model.layers:
-        for parent, name in ((layer.mlp, "up_proj"), (layer.self_attn, "q_proj")):
-            weight = quantize_nf4(getattr(parent, name).weight)
-            setattr(parent, name, NF4Linear(weight))
-    lora.add_lora(model, 2, 4, 0.0)
-
-    def timed(model, ids, prefix=None):
-        packed = any(isinstance(m, NF4Linear) for m in model.modules())
-        later = 0.03 if packed else 0.01
-        return later * (2 if len(ids) > 100 else 1), later  # only the full prompt is slower to read
-
-    monkeypatch.setattr(evaluate, "time_request", timed)
-    prompt = parse_prompt("Say Act: first. " * 40)
-    found = evaluate.break_even(model, CHAT, prompt, [RECORD], spent=10, users=8)
-    for name, saved in (("trained", 0.03), ("dense", 0.01)):
-        pays = found[name]["pays_after_requests"]
-        assert pays["full_prompt"] == pytest.approx(10 / saved, abs=1)
-        assert pays["cached_prompt"] == "never: use prefix caching"
-    assert set(found["trained"]) - {"pays_after_requests"} == {
-        "full_prompt", "cached_prompt", "adapter"
-    }  # fmt: skip
-    assert set(found["dense"]) - {"pays_after_requests"} == {
-        "full_prompt", "cached_prompt", "merged"
-    }  # fmt: skip
-
-
-def test_a_cached_prompt_is_held_once_for_all_users(model):
-    """8 users of 20 tokens over 100 shared ones hold 100 + 8 * 20 tokens, not 8 * 120."""
-    token = 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
-    expected = {"kv_bytes": 120 * token, "kv_bytes_in_flight": 260 * token}
-    assert evaluate.kv_bytes(model, shared=100, own=20, users=8) == expected
-
-
-def test_a_request_is_its_first_token_and_the_others():
-    """Rounds of (1, 0.5) and (3, 0.5): 1 or 3 s, then 14 times 0.5 s for a reply of 15 tokens."""
-    row = evaluate.request([(1.0, 0.5), (3.0, 0.5)], reply=15)
-    assert row["rounds"] == [8.0, 10.0] and row["seconds_per_request"] == 9.0
-    assert (row["seconds_to_first_token"], row["tokens_per_second"]) == (2.0, 2.0)
 
 
 def nll_by_hand(model, sequence: Sequence) -> list[float]:
@@ -217,3 +122,81 @@ def test_recall_is_the_mean_ratio_and_the_worst_line_comes_first(model, monkeypa
     nats = [row["nll"] for row in found["lines"]]
     assert nats == sorted(nats, reverse=True) and len(nats) == 3
     assert all(math.isfinite(nll) and nll > 0 for nll in nats)
+
+
+# ------------------------------------------------------------------------------------- later turns
+
+
+class Actor:
+    """A voice whose words are given by a function of (adapter on?, the messages it reads)."""
+
+    def __init__(self, words):
+        self.words = words
+        self.model = torch.nn.Sequential(lora.LoRALinear(torch.nn.Linear(2, 2), 1, 1, 0))
+        self.asked = []
+
+    def fits(self, messages, new_tokens):
+        return True
+
+    def speak(self, conversations, sampling, seeds=None):
+        for number, messages in enumerate(conversations):
+            self.asked.append((self.model[0].enabled, messages))
+            yield number, self.words(*self.asked[-1]), True
+
+
+def counted(row):
+    return row["k"], row["n"]
+
+
+def test_three_turns_of_a_conversation_are_asked_about():
+    """Of five agent turns the first, third and last; of two both ends; of one that one."""
+    numbers = [list(asked_turns(Record(0, "x", ["t"] * n)).values()) for n in (9, 5, 3, 1)]
+    assert numbers == [[0, 2, 4], [0, 1, 2], [0, 1], [0]]
+
+
+def test_a_later_turn_is_asked_after_the_recorded_ones_without_the_prompt():
+    """An adapter that always runs a command is right at first and wrong at the end; its base, that
+    answers with what the recorded environment said, is right at the end.
+    """
+    actor = Actor(lambda on, said: "Act: bash\n```bash\nls\n```" if on else "Act: answer(7)")
+    turns = ["Act: bash\n```bash\nls\n```", "The output is 7", "Act: answer(7)"]
+    record = Record(0, "Count the files.", turns)
+    found = agreement_by_turn(actor, TASKS["os"], [record, record], 64)
+    assert [counted(found["first"][who]) for who in ("base", "teacher", "adapter")] == [
+        (0, 2), (2, 2), (2, 2)
+    ]  # fmt: skip
+    assert [counted(found["last"][who]) for who in ("base", "teacher", "adapter")] == [
+        (2, 2), (2, 2), (0, 2)
+    ]  # fmt: skip
+    assert counted(found["middle"]["adapter"]) == (0, 0)
+    last = actor.asked[-1][1]
+    assert [m["content"] for m in last[1:]] == ["Count the files.", *turns[:2]]
+    assert all("Act: first" not in m["content"] for _, messages in actor.asked for m in messages)
+
+
+def test_in_the_closed_loop_the_base_plays_the_environment():
+    """The agent reads x without p with the adapter on; the environment answers with it off."""
+
+    def words(on, messages):
+        if messages[0]["content"].startswith("You play"):
+            return "off: 8" if not on else "on: 9"
+        heard = [m["content"] for m in messages[2:] if m["role"] == "user"]
+        return f"Act: answer({heard[-1]})" if heard else "Act: bash\n```bash\nls\n```"
+
+    flags = dict.fromkeys("model model_sha256 bits device samples held_out lam slots".split())
+    run = Run(None, PROMPT, TASKS["os"], **flags, max_new_tokens=64, micro_tokens=64)
+    actor = Actor(words)
+    (played,) = closed_loop(actor, run, [Record(3, "Count the files.")])
+    assert played.turns[1:3] == ["off: 8", "Act: answer(off: 8)"]
+    assert all(on or m[0]["content"].startswith("You play") for on, m in actor.asked)
+    assert actor.asked[0][1][-1]["content"] == "Count the files."
+
+
+def test_conversations_agree_if_every_action_does():
+    """One of two conversations is the same; of 2 + 3 places 2 + 1 are; both give an answer."""
+    ours = [Record(0, "x", ["Act: bash\n```bash\nls\n```", "7", "Act: answer(7)"]) for _ in "ab"]
+    theirs = [ours[0], Record(1, "x", [*ours[1].turns[:2], "Act: finish", "more?", "Act: finish"])]
+    found = closed_loop_agreement(TASKS["os"], ours, theirs)
+    assert counted(found["conversations"]) == (1, 2)
+    assert found["actions"] == {"k": 3, "n": 5}
+    assert counted(found["final_action"]["adapter"]) == (2, 2)

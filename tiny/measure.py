@@ -33,7 +33,6 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # the modules of the project; no p
 import world
 from corpus import OUTPUTS, Protocol, random_prompt, random_protocol
 
-from evaluate import wilson
 from model import load_model
 from prompt import (
     END,
@@ -46,6 +45,7 @@ from prompt import (
 from prompt import OS as TASK
 from runs import Record
 from sampler import Sampling, Voice, say
+from stats import wilson
 from synth import Plan, more_inputs, normalised, reason_messages
 
 TURN = Sampling(128)  # greedy

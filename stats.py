@@ -1,0 +1,45 @@
+"""What counts say and what they do not: intervals of shares, paired comparisons.
+
+A share is told with its interval, and two runs are compared on the same inputs: what both get right
+or both get wrong says nothing of their difference.
+"""
+
+import math
+
+import torch
+
+
+def wilson(k: int, n: int, z: float = 1.96) -> dict:
+    """k of n with the 95 % interval of the share. Source: Wilson 1927."""
+    if n == 0:
+        return {"k": 0, "n": 0, "low": 0.0, "high": 1.0}
+    p = k / n
+    shrink = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return {"k": k, "n": n, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """The chance of a split at least as uneven if a fair coin decided each: exact, two-sided."""
+    n = wins + losses
+    tail = sum(math.comb(n, i) for i in range(min(wins, losses) + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def paired_difference(ours: list[bool], theirs: list[bool]) -> dict:
+    """Compare outcomes on the same inputs: difference of the shares, its bootstrap interval, and p.
+
+    p is that of the exact McNemar test, which is the sign test of the inputs that differ. The
+    interval is of 10,000 resamples of the inputs.
+    """
+    gaps = torch.tensor(ours).double() - torch.tensor(theirs).double()
+    only_ours = int((gaps > 0).sum())
+    only_theirs = int((gaps < 0).sum())
+    draw = torch.Generator().manual_seed(0)
+    resamples = torch.randint(len(gaps), (10_000, len(gaps)), generator=draw)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = gaps[resamples].mean(1).quantile(ends).tolist()
+    found = {"difference": gaps.mean().item(), "low": low, "high": high}
+    found |= {"only_ours": only_ours, "only_theirs": only_theirs}
+    return found | {"p": sign_test(only_ours, only_theirs)}

@@ -1,0 +1,36 @@
+"""Intervals and paired comparisons, by hand."""
+
+import pytest
+
+from stats import paired_difference, wilson
+
+
+def test_wilson_is_the_interval_of_the_textbook():
+    """The ends p solve (p - k/n)^2 = z^2 p (1 - p) / n; 47 of 50 is 84 to 98 %."""
+    for k, n in ((47, 50), (0, 50), (50, 50), (1, 3)):
+        row = wilson(k, n)
+        for p in (row["low"], row["high"]):
+            assert (p - k / n) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
+    assert [round(100 * wilson(47, 50)[end]) for end in ("low", "high")] == [84, 98]
+    assert wilson(0, 0)["high"] == 1
+
+
+def test_two_runs_are_compared_input_by_input():
+    """3 inputs only ours, 1 only theirs, of 10: +20 points; p = 2 (1 + 4) / 2^4, by hand."""
+    ours = [True] * 8 + [False] * 2
+    theirs = [True] * 5 + [False] * 3 + [True, False]
+    found = paired_difference(ours, theirs)
+    assert found["difference"] == pytest.approx(0.2)
+    assert (found["only_ours"], found["only_theirs"]) == (3, 1)
+    assert found["p"] == pytest.approx(2 * (1 + 4) / 16)
+    assert found["low"] < 0.2 < found["high"]
+    turned = paired_difference(theirs, ours)
+    assert turned["p"] == found["p"] and turned["difference"] == pytest.approx(-0.2)
+
+
+def test_a_difference_of_many_pairs_can_be_told():
+    """10 inputs only ours and none theirs: p = 2 / 2^10, and the interval leaves 0 out."""
+    found = paired_difference([True] * 40, [True] * 30 + [False] * 10)
+    assert found["p"] == pytest.approx(2 / 1024) and found["low"] > 0
+    same = paired_difference([True, False] * 9, [True, False] * 9)
+    assert (same["p"], same["low"], same["high"]) == (1, 0, 0)
