@@ -44,6 +44,7 @@ class Recipe:
     """How the adapter is trained; the defaults are the paper's, or QLoRA's where it is silent."""
 
     lam: float = 0.7  # weight of SFT; 1 is SFT alone, 0 is PG alone
+    pg_share: float = 1.0  # of a batch's samples, drawn anew each step, whose PG loss is computed
     epochs: int = 10
     batch: int = 32  # samples of an optimiser step
     lr: float = 1e-4  # peak rate of AdamW
@@ -70,21 +71,23 @@ def batch_loss(model: Llama, sft: list[Sequence], pg: list[Sequence], lam: float
 
 
 def train_step(
-    model: Llama, optimizer, sft: list[Sequence], pg: list[Sequence], recipe: Recipe
+    model: Llama, optimizer, sft: list[Sequence], pg: list[Sequence], recipe: Recipe, drawn=None
 ) -> tuple[float, float, float]:
     """One optimiser step on a batch -> mean sft and pg loss (nats/token), gradient norm.
 
     Same gradient as batch_loss, without holding more than a micro-batch: those of micro-batches,
-    and of processes that share the batch, add up. Source: GenPI Eq. 4.
+    and of processes that share the batch, add up. drawn: the sequences of pg that are computed, for
+    all of them (None: all); over the draws the gradient has the same mean. Source: GenPI Eq. 4.
     """
     optimizer.zero_grad(set_to_none=True)
     parameters = lora.adapter_parameters(model)
     means = torch.zeros(2, device=parameters[0].device)
-    for term, sequences in enumerate((sft, pg)):
+    for term, (sequences, some) in enumerate(((sft, sft), (pg, drawn or pg))):
         n_tokens = sum(sequence.n_targets for sequence in sequences)
-        for ids, labels in micro_batches(own_share(sequences), recipe.micro_tokens, means.device):
+        for ids, labels in micro_batches(own_share(some), recipe.micro_tokens, means.device):
+            nats = sequence_nll(model, ids, labels) * (len(sequences) / len(some))
             losses = [0.0, 0.0]  # a micro-batch is part of one of the two means
-            losses[term] = sequence_nll(model, ids, labels) / n_tokens
+            losses[term] = nats / n_tokens
             joint_loss(*losses, recipe.lam).backward()
             means[term] += losses[term].detach()
     add_up(parameters, means)
@@ -142,12 +145,13 @@ def train(
         optimizer.param_groups[0]["lr"] = rate
         # a step that is done again drops the same numbers, and every process others
         torch.manual_seed(hash_seed(recipe.seed, "dropout", step, rank))
-        losses = train_step(model, optimizer, sft_batch, pg_batch, recipe)
+        drawn = draw_share(pg_batch, recipe, step)
+        losses = train_step(model, optimizer, sft_batch, pg_batch, recipe, drawn)
         check_finite(losses, step, recipe, folder)
         if rank > 0:  # the first process keeps the books
             continue
         row = dict(zip(("step", "sft", "pg", "grad_norm"), (step + 1, *losses), strict=True))
-        row |= {"lr": rate, "tokens": sum(len(s.ids) for s in sft_batch + pg_batch)}
+        row |= {"lr": rate, "tokens": sum(len(s.ids) for s in sft_batch + drawn)}
         append_row(folder / "metrics.jsonl", row | {"seconds": time.perf_counter() - clock})
         progress.set_postfix(sft=f"{losses[0]:.3f}", pg=f"{losses[1]:.3f}")
         if (step + 1) % recipe.save_every == 0 or step + 1 == steps:
@@ -170,6 +174,14 @@ def sample_order(n: int, epochs: int, seed: int) -> list[int]:
     for epoch in range(epochs):
         order += random.Random(f"{seed}-{epoch}").sample(range(n), n)
     return order
+
+
+def draw_share(sequences: list[Sequence], recipe: Recipe, step: int) -> list[Sequence]:
+    """The share of a batch's PG sequences that a step computes; the same in every process."""
+    if recipe.pg_share == 1 or not sequences:
+        return sequences
+    rng = random.Random(hash_seed(recipe.seed, "pg share", step))
+    return rng.sample(sequences, max(1, round(recipe.pg_share * len(sequences))))
 
 
 def check_finite(losses: tuple, step: int, recipe: Recipe, folder: Path) -> None:

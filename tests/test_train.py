@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,15 @@ from loss import joint_loss, pg_sequence, sft_sequence, token_nll
 from model import Config, Llama
 from prompt import Prompt
 from runs import Record
-from train import Recipe, batch_loss, learning_rate, sample_order, train, train_step
+from train import (
+    Recipe,
+    batch_loss,
+    draw_share,
+    learning_rate,
+    sample_order,
+    train,
+    train_step,
+)
 
 CHAT = Chat(Path(__file__).resolve().parent.parent / "tiny", 2048)
 PROMPT = Prompt("Say Act: first.")
@@ -93,6 +102,37 @@ def test_gradient_does_not_depend_on_the_micro_batch():
         train_step(model, optimizer, *sequences(6), replace(FREE, micro_tokens=tokens))
         gradients.append([p.grad for p in lora.adapter_parameters(model)])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_a_share_of_the_pg_sequences_has_the_gradient_of_them_all_on_average():
+    """The mean over all six pairs of four samples is loss and gradient of the four, exactly, though
+    the samples differ in their target tokens.
+    """
+    sft, pg = sequences(4)
+
+    def step(drawn):
+        model = small_model()
+        optimizer = torch.optim.SGD(lora.adapter_parameters(model), lr=0.0)
+        losses = train_step(model, optimizer, sft, pg, FREE, drawn)
+        return losses[1], torch.cat([p.grad.flatten() for p in lora.adapter_parameters(model)])
+
+    pairs = [step(list(pair)) for pair in combinations(pg, 2)]
+    loss, gradient = step(None)
+    assert len({s.n_targets for s in pg}) > 1
+    assert sum(each for each, _ in pairs) / 6 == pytest.approx(loss, rel=1e-5)
+    mean = torch.stack([each for _, each in pairs]).mean(0)
+    torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_share_is_drawn_anew_each_step_and_the_same_again():
+    """A quarter of 8 is 2 samples, never none; over 400 steps each comes 100 times or so."""
+    quarter = replace(RECIPE, pg_share=0.25)
+    drawn = [draw_share(list(range(8)), quarter, step) for step in range(400)]
+    assert all(len(set(some)) == 2 for some in drawn)
+    assert all(70 < sum(i in some for some in drawn) < 130 for i in range(8))
+    assert draw_share(list(range(8)), quarter, 7) == drawn[7]
+    assert len(draw_share([1, 2], replace(RECIPE, pg_share=0.01), 0)) == 1
+    assert draw_share([1, 2], RECIPE, 0) == [1, 2] and draw_share([], quarter, 0) == []
 
 
 def test_checkpointing_changes_memory_not_gradients():
