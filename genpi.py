@@ -381,8 +381,8 @@ def build_parser() -> Flags:
 def training_flags(parser: Flags) -> None:
     add = parser.add_argument_group("training (GenPI section 4 and C.4, QLoRA)").add_argument
     add("--lam", type=SHARE, default=Recipe.lam, help="weight of SFT; 1: SFT alone, 0: PG alone")
-    add("--pg-share", type=number(float, 1e-6, 1), default=Recipe.pg_share, metavar="S", help="share "
-        "of each batch whose PG loss is computed; the same loss on average, at less cost")
+    add("--pg-share", type=number(float, 1e-6, 1), default=Recipe.pg_share, metavar="S",
+        help="share of a batch whose PG loss is computed: the same on average, for less")
     add("--epochs", type=number(int, 1, 10_000), default=Recipe.epochs,
         help="passes over the samples")
     add("--batch", type=WHOLE, default=Recipe.batch, help="samples of an optimiser step")

@@ -2,6 +2,7 @@
 
     python tiny/measure.py                  the model beside this file; five minutes of processor time
     python tiny/measure.py --model OTHER --bits 4 --json other.json
+    python tiny/measure.py --run runs/os    the agent only: with os.txt, without, and with the adapter
 
     agent         works through whole conversations; what it is shown follows from nothing it knows
     no prompt     answers the bare wish, where nothing of os.txt may show
@@ -33,6 +34,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # the modules of the project; no p
 import world
 from corpus import OUTPUTS, Protocol, random_prompt, random_protocol
 
+from lora import adapter_off
 from model import load_model
 from prompt import (
     END,
@@ -43,10 +45,11 @@ from prompt import (
     student_messages,
 )
 from prompt import OS as TASK
-from runs import Record
+from runs import Record, load_run
 from sampler import Sampling, Voice, say
 from stats import wilson
 from synth import Plan, more_inputs, normalised, reason_messages
+from train import open_model
 
 TURN = Sampling(128)  # greedy
 BLOCK = "{name}\n\n```{lang}\n{x}\n```"
@@ -110,11 +113,12 @@ def printed(problem, command):
         return ""
 
 
-def converse(voice, cases):
+def converse(voice, cases, with_prompt=True):
     """Let the agent work on cases (problem, prompt, protocol) -> the texts of each, agent first."""
     talks, busy = [[] for _ in cases], range(len(cases))
     for _ in range(TASK.max_turns):
-        openings = {i: cases[i][1].teacher(cases[i][0].wish) for i in busy}
+        views = {i: cases[i][1].teacher if with_prompt else student_messages for i in busy}
+        openings = {i: view(cases[i][0].wish) for i, view in views.items()}
         asked = {i: conversation(opening, talks[i]) for i, opening in openings.items()}
         room = TURN.max_new_tokens
         asked = {i: messages for i, messages in asked.items() if voice.fits(messages, room)}
@@ -244,6 +248,20 @@ def measure(voice, args):
     return rates, values
 
 
+def three_ways(folder, problems, seed):
+    """The agent on the imaginary machine: the base with os.txt and without, and the adapter."""
+    run = load_run(folder)
+    model, chat = open_model(run)
+    voice, rates = Voice(model, chat), Rates()
+    rng = random.Random(f"measure-{seed}")
+    cases = [(problem, run.prompt, OS) for problem in balanced(problems, rng, surprising=True)]
+    judge(rates, "adapter", cases, converse(voice, cases, with_prompt=False))
+    with adapter_off(model):
+        judge(rates, "prompt", cases, converse(voice, cases))
+        judge(rates, "neither", cases, converse(voice, cases, with_prompt=False))
+    return rates
+
+
 def summary(trials):
     """k of n with its interval; [k, n] of every kind with a miss, worst first; some misses."""
     counts = {kind: [0, 0] for kind, _, _ in trials}
@@ -273,6 +291,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(HERE), help="checkpoint folder")
+    parser.add_argument("--run", type=Path, help="run folder of genpi.py: measure its adapter")
     parser.add_argument("--bits", type=int, default=16, choices=(4, 16), help="4: blocks in NF4")
     parser.add_argument("--problems", type=int, default=204, help="a multiple of the kinds")
     parser.add_argument("--seed", type=int, default=0)
@@ -283,12 +302,15 @@ def main():
         parser.error(f"--problems {args.problems}: not a multiple of the {n} kinds; take {6 * n}")
     clock = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, chat = load_model(args.model, device, bits=args.bits)
-    trials, values = measure(Voice(model, chat), args)
+    if args.run:
+        trials, values = three_ways(args.run, args.problems, args.seed), {}
+    else:
+        model, chat = load_model(args.model, device, bits=args.bits)
+        trials, values = measure(Voice(model, chat), args)
     rates = {name: summary(some) for name, some in trials.items()}
     print_table(rates, values)
     seconds = round(time.perf_counter() - clock)
-    print(f"{args.model}, {args.bits} bits, seed {args.seed}, {seconds} s")
+    print(f"{args.run or f'{args.model}, {args.bits} bits'}, seed {args.seed}, {seconds} s")
     if args.json:
         about = {key: getattr(args, key) for key in ("model", "bits", "problems", "seed")}
         report = {**about, "seconds": seconds, "rates": rates, "values": values}
