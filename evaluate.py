@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import costs
 import lora
 import loss
+import picture
 import runs
 from chat import Chat
 from checkpoint import find_folder
@@ -328,6 +329,8 @@ def report(
     try:
         runs.write_json(folder / "report.json", found)
         runs.write_text(folder / "report.md", page)
+        rows = runs.read_metrics(folder / "metrics.jsonl")
+        runs.write_text(folder / "report.svg", picture.draw(found, rows, folder.name))
     except OSError as error:
         raise ValueError(f"{folder}: {error}; free some space and run it again") from None
     print(f"\n{page}")

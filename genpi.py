@@ -11,7 +11,7 @@ does all of it, on a base model quantised to NF4:
     adapter  = argmin  lam * nll(yT | x, env) + (1 - lam) * nll(p, r | x, yS, yT)  loss.py, train.py
     report   = how much was internalised, and does it pay?                         evaluate.py
 
-This file is the command: the run, --chat, and the flags.
+This file is the command: the run, --show, --chat, and the flags.
 
 Departures from the paper, each with its reason:
   * each term of the loss is a mean over all target tokens of the batch, not over micro-batches, so
@@ -43,10 +43,11 @@ import math
 import os
 import re
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import safetensors
 import torch
@@ -57,15 +58,23 @@ from chat import Chat
 from checkpoint import find_folder
 from evaluate import report
 from loss import joint_loss as joint_loss
-from loss import pg_sequence, sft_sequence
 from loss import token_nll as token_nll
-from model import Llama, load_model
-from prompt import TASKS, Prompt, conversation, parse_prompt, student_messages
-from runs import Record
+from model import Llama, load_model, read_shape
+from prompt import TASKS, Prompt, Task, conversation, parse_prompt, student_messages
 from sampler import Sampling, Voice
 from server import Server, connect
+from show import show
 from synth import WAVE, Plan, print_quality, quality, synthesise
-from train import Recipe, join_team, leave_team, open_model, team, train, wait_for_team
+from train import (
+    Recipe,
+    join_team,
+    leave_team,
+    open_model,
+    team,
+    train,
+    training_sequences,
+    wait_for_team,
+)
 
 HERE = Path(__file__).resolve().parent
 # The embedded model is 4,000 times smaller than the paper's: a higher rate, and less of all else.
@@ -82,8 +91,7 @@ def internalise(args) -> None:
     join_team(args.device)
     prompt = parse_prompt(runs.read_text(args.prompt, "prompt"), str(args.prompt))
     model, chat = load_model(args.model, args.device, bits=args.bits)
-    args.max_new_tokens = args.max_new_tokens or min(2048, chat.context // 4)
-    check_prompt_fits(chat, prompt, args.max_new_tokens)
+    fit_turn(args, chat, prompt)
     lora.check_rank(model, args.rank)
     first = team()[0] == 0
     if first:
@@ -100,29 +108,40 @@ def internalise(args) -> None:
 
 def make_records(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     """Everything up to the last record of data.jsonl."""
-    demos = TASKS[args.task].demos
-    if args.demos:
-        lines = runs.read_text(args.demos, "demos").splitlines()
-        demos = tuple(line.strip() for line in lines if line.strip())
-    said = {"environment": args.environment, "max_turns": args.max_turns, "demos": demos}
-    task = replace(TASKS[args.task], **said)
+    task = open_task(args)
     voice = Voice(model, chat, args.slots)
     generator = open_generator(args, voice)
-    known = {
-        "prompt_sha256": runs.text_hash(prompt.text),
-        "model_sha256": runs.fingerprint(find_folder(args.model)),
-        "chat_format": chat.format,
-        "demos_sha256": runs.text_hash("\n".join(demos)),
-    }
-    if args.generator and not args.generator_model:
-        known["generator_sha256"] = runs.fingerprint(find_folder(args.generator))
-    runs.open_run(args, prompt, known)  # all that can be wrong with the flags is known by now
+    # all that can be wrong with the flags is known by now
+    runs.open_run(args, prompt, known_of(args, prompt, chat))
     announce(args, chat, prompt)
     wanted = args.samples + args.held_out
     limits = args.max_new_tokens, args.max_reason_tokens
     plan = Plan(prompt, task, wanted, *limits, args.seed)
     records = synthesise(voice, generator, plan, args.out)
     print_quality(quality(records, task))
+
+
+def open_task(args) -> Task:
+    """What is known of the prompt's kind, where no flag says otherwise."""
+    demos = TASKS[args.task].demos
+    if args.demos:
+        lines = runs.read_text(args.demos, "demos").splitlines()
+        demos = tuple(line.strip() for line in lines if line.strip())
+    said = {"environment": args.environment, "max_turns": args.max_turns, "demos": demos}
+    return replace(TASKS[args.task], **said)
+
+
+def known_of(args, prompt: Prompt, chat: Chat) -> dict:
+    """What tells this run from another better than the names in its flags."""
+    known = {
+        "prompt_sha256": runs.text_hash(prompt.text),
+        "model_sha256": runs.fingerprint(find_folder(args.model)),
+        "chat_format": chat.format,
+        "demos_sha256": runs.text_hash("\n".join(open_task(args).demos)),
+    }
+    if args.generator and "://" not in args.generator:
+        known["generator_sha256"] = runs.fingerprint(find_folder(args.generator))
+    return known
 
 
 def open_generator(args, voice: Voice) -> Voice | Server:
@@ -174,41 +193,12 @@ def train_adapter(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     train(model, sft, pg, recipe, args.out)
 
 
-def training_sequences(
-    chat: Chat, prompt: Prompt, records: list[Record], lam: float
-) -> tuple[list, list]:
-    """The SFT and PG sequences of every record that fits the context; says how many do not.
-
-    Raises: ValueError if none does.
-    """
-    sft = []
-    pg = []
-    longest = 0
-    for record in records:
-        if record.overlong or (record.no_reason and lam < 1):
-            continue
-        pair = sft_sequence(chat, record), pg_sequence(chat, prompt, record)
-        tokens = max(len(s.ids) for s in (pair if lam < 1 else pair[:1]))
-        longest = max(longest, tokens)
-        if tokens <= chat.context:
-            sft.append(pair[0])
-            pg.append(pair[1])
-    limit = f"the context of {chat.context} tokens"
-    if not sft:
-        raise ValueError(
-            f"no record fits {limit} (the longest takes {longest}); "
-            "shorten the prompt, lower --max-turns, or drop prompt generation with --lam 1"
-        )
-    if len(sft) < len(records):
-        print(f"left out: {len(records) - len(sft)} of {len(records)} records do not fit {limit}")
-    return sft, pg
-
-
-def check_prompt_fits(chat: Chat, prompt: Prompt, max_new_tokens: int) -> None:
-    """Raise ValueError if p leaves no room for a turn."""
+def fit_turn(args, chat: Chat, prompt: Prompt) -> None:
+    """Set the limit of a turn, if no flag does. Raises: ValueError if p leaves no room for it."""
+    args.max_new_tokens = args.max_new_tokens or min(2048, chat.context // 4)
     tokens = len(chat.encode(prompt.teacher(""), reply=True)[0])
-    room = chat.context - max_new_tokens
-    limit = f"--max-new-tokens {max_new_tokens}"
+    room = chat.context - args.max_new_tokens
+    limit = f"--max-new-tokens {args.max_new_tokens}"
     if room < 1:
         raise ValueError(f"{limit} fills the context of {chat.context}; lower it")
     if tokens >= room:
@@ -218,7 +208,29 @@ def check_prompt_fits(chat: Chat, prompt: Prompt, max_new_tokens: int) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------- --chat
+# --------------------------------------------------------------------------------- --show, --chat
+
+
+def show_record(args) -> None:
+    """Print a record of the run that is named, or of the run that these flags go on with.
+
+    If that has none yet, two are made in a folder of their own, which is then deleted.
+    """
+    if isinstance(args.show, Path):
+        return show(args.show, args.record)
+    prompt = parse_prompt(runs.read_text(args.prompt, "prompt"), str(args.prompt))
+    _, chat = read_shape(find_folder(args.model))
+    fit_turn(args, chat, prompt)
+    if runs.has_records(args, known_of(args, prompt, chat)):
+        return show(args.out, args.record)
+    with TemporaryDirectory() as scratch:
+        args.out = Path(scratch) / args.out.resolve().name
+        args.samples = 1
+        args.held_out = 1  # a run needs both
+        with redirect_stdout(sys.stderr):  # the record alone is on stdout
+            make_records(args, prompt, *load_model(args.model, args.device, bits=args.bits))
+        show(args.out, args.record)
+
 
 HELP = """Talk to the internalised model. /base: the plain model; /prompt: the plain model with \
 the prompt; /adapter: back; /new: forget the conversation; /quit. A message of several lines \
@@ -352,6 +364,9 @@ def build_parser() -> Flags:
     add("--demos", type=Path, help="file of first user messages as examples, one a line")
     add("--out", type=Path, help="run folder; None: runs/NAME of the prompt file")
     add("--chat", type=Path, metavar="RUN", help="talk to the model of a finished run instead")
+    add("--show", type=Path, metavar="RUN", nargs="?", const=True, help="print a record as it is "
+        "trained instead: of this run, or else of the run of the other flags")
+    add("--record", type=number(int, 0), help="number of the record; None: the first trained on")
     add = parser.add_argument_group("models").add_argument
     add("--model", type=utf8, help="folder or Hub id; None: tiny/, with a preset of its own")
     add("--generator", type=generator_flag, help="folder, Hub id or URL (http://HOST:PORT/v1) of "
@@ -416,16 +431,18 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if not args.chat and args.generator_model and "://" not in (args.generator or ""):
         needs = "needs the URL of a server as --generator"
         raise ValueError(f"--generator-model {args.generator_model} {needs}")
+    if args.record is not None and not args.show:
+        raise ValueError(f"--record {args.record} needs --show; add it")
     return args
 
 
 def command(argv: list[str] | None) -> None:
-    """Talk to a run, or make one and report on it."""
+    """Talk to a run, show a record of one, or make one and report on it."""
     args = parse_flags(argv)
     if args.chat:
         return talk(args.chat, args.device)
     try:
-        internalise(args)
+        show_record(args) if args.show else internalise(args)
     except (OSError, safetensors.SafetensorError) as error:
         told = f"{args.out}: {error}; free some space or choose another --out"
         raise ValueError(told) from None

@@ -380,8 +380,7 @@ def load_model(
     folder = find_folder(str(path_or_id))
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    config = Config.from_dict(read_json(folder / "config.json", CURE))
-    chat = Chat(folder, config.max_position_embeddings)
+    config, chat = read_shape(folder)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
     files = weight_files(folder)
@@ -395,6 +394,12 @@ def load_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.to(device).eval(), chat
+
+
+def read_shape(folder: Path) -> tuple[Config, Chat]:
+    """All of a checkpoint but its weights. Raises: ValueError as load_model does."""
+    config = Config.from_dict(read_json(folder / "config.json", CURE))
+    return config, Chat(folder, config.max_position_embeddings)
 
 
 def set_weight(model: Llama, name: str, weight: Tensor, bits: int) -> None:

@@ -7,7 +7,7 @@
     metrics.jsonl       one line an optimiser step
     checkpoint/         all that training needs to go on (train.py)
     adapter_*           the adapter in PEFT's format (lora.py)
-    report.json, .md    the result (evaluate.py)
+    report.json, .md, .svg    the result (evaluate.py, picture.py)
 
 Whatever is replaced is written beside and then renamed, so that no reader and no crash sees half a
 file. What is appended may end in half a line, which is dropped and made again. Every mistake of a
@@ -36,8 +36,8 @@ from prompt import TASKS, Prompt, Task, parse_prompt
 
 AGAIN = "delete it, and genpi.py makes it again"
 NOT_COMPARED = {  # they change no experiment, or (on a GPU) only its rounding and dropout noise
-    "out", "chat", "concurrency", "timeout", "device", "slots", "micro_tokens", "checkpointing",
-    "save_every",
+    "out", "chat", "show", "record", "concurrency", "timeout", "device", "slots", "micro_tokens",
+    "checkpointing", "save_every",
 }  # fmt: skip
 
 # ----------------------------------------------------------------------------------------- files
@@ -168,9 +168,10 @@ class Record:
         return self.turns[0]
 
 
-def read_records(path: Path) -> list[Record]:
+def read_records(path: Path, mend: bool = True) -> list[Record]:
     """The records of data.jsonl in order of index; a damaged last line is dropped from the file.
 
+    mend: False leaves the file as it is, for another process may be at work on it.
     Raises: ValueError naming a line that is corrupt or holds a record once more.
     """
     seen: dict[int, Record] = {}
@@ -183,7 +184,7 @@ def read_records(path: Path) -> list[Record]:
             raise ValueError(row)
         seen[record.index] = record
 
-    if path.exists() and not read_rows(path, parse)[1]:
+    if path.exists() and not read_rows(path, parse)[1] and mend:
         write_rows(path, [asdict(record) for record in seen.values()])
     return [seen[index] for index in sorted(seen)]
 
@@ -243,21 +244,30 @@ def open_run(args, prompt: Prompt, known: dict) -> None:
     chat format. Raises: ValueError if the folder was made with other flags.
     """
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | known
-    named = {"prompt", "model", "demos", "generator"}  # `known` has their hashes: places may change
-    free = NOT_COMPARED | (named if args.generator else named - {"generator"})
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "args.json"
-    if path.exists():
-        before = read_json(path)
-        changed = [k for k in flags if k not in free and flags[k] != before.get(k)]
-        if changed:
-            told = ", ".join(f"{k} {before.get(k)} (now {flags[k]})" for k in changed)
-            cure = "choose another folder with --out"
-            raise ValueError(f"{args.out} was made with other flags: {told}; {cure}")
+    if path.exists() and (changed := changed_flags(flags, read_json(path))):
+        cure = "choose another folder with --out"
+        raise ValueError(f"{args.out} was made with other flags: {', '.join(changed)}; {cure}")
     versions = {module.__name__: module.__version__ for module in (torch, safetensors, tokenizers)}
     versions["python"] = platform.python_version()
     write_text(args.out / "prompt.txt", prompt.text)
     write_json(path, {**flags, "versions": versions})
+
+
+def changed_flags(flags: dict, before: dict) -> list[str]:
+    """What tells two experiments apart: each flag with both its values, in words."""
+    named = {"prompt", "model", "demos", "generator"}  # their hashes are there: places may change
+    free = NOT_COMPARED | (named if flags["generator"] else named - {"generator"})
+    changed = [k for k in flags if k not in free and flags[k] != before.get(k)]
+    return [f"{k} {before.get(k)} (now {flags[k]})" for k in changed]
+
+
+def has_records(args, known: dict) -> bool:
+    """Would these flags go on in a folder that has a record?"""
+    path = args.out / "args.json"
+    begun = path.exists() and not changed_flags(vars(args) | known, read_json(path))
+    return begun and bool(read_records(args.out / "data.jsonl", mend=False))
 
 
 @dataclass(frozen=True)

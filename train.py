@@ -34,9 +34,27 @@ from tqdm import tqdm
 import lora
 from chat import Chat
 from checkpoint import find_folder
-from loss import IGNORE, Sequence, joint_loss, sequence_nll, token_nll
+from loss import (
+    IGNORE,
+    Sequence,
+    joint_loss,
+    pg_sequence,
+    sequence_nll,
+    sft_sequence,
+    token_nll,
+)
 from model import Llama, load_model
-from runs import Run, append_row, fingerprint, hash_seed, read_metrics, replacing, write_rows
+from prompt import Prompt
+from runs import (
+    Record,
+    Run,
+    append_row,
+    fingerprint,
+    hash_seed,
+    read_metrics,
+    replacing,
+    write_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,39 @@ class Recipe:
     seed: int = 0
     micro_tokens: int = 2048  # padded tokens of a forward pass
     save_every: int = 20  # steps between checkpoints
+
+
+# -------------------------------------------------------------------------------------- sequences
+
+
+def training_sequences(
+    chat: Chat, prompt: Prompt, records: list[Record], lam: float
+) -> tuple[list, list]:
+    """The SFT and PG sequences of every record that fits the context; says how many do not.
+
+    Raises: ValueError if none does.
+    """
+    sft = []
+    pg = []
+    longest = 0
+    for record in records:
+        if record.overlong or (record.no_reason and lam < 1):
+            continue
+        pair = sft_sequence(chat, record), pg_sequence(chat, prompt, record)
+        tokens = max(len(s.ids) for s in (pair if lam < 1 else pair[:1]))
+        longest = max(longest, tokens)
+        if tokens <= chat.context:
+            sft.append(pair[0])
+            pg.append(pair[1])
+    limit = f"the context of {chat.context} tokens"
+    if not sft:
+        raise ValueError(
+            f"no record fits {limit} (the longest takes {longest}); "
+            "shorten the prompt, lower --max-turns, or drop prompt generation with --lam 1"
+        )
+    if len(sft) < len(records):
+        print(f"left out: {len(records) - len(sft)} of {len(records)} records do not fit {limit}")
+    return sft, pg
 
 
 # ----------------------------------------------------------------------------------------- a step
@@ -261,9 +312,7 @@ def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llam
     if not config.exists():
         told = "has no finished adapter; run genpi.py with the same flags to finish it"
         raise ValueError(f"{run.folder}: {told}")
-    if fingerprint(find_folder(run.model)) != run.model_sha256:
-        told = f"{run.model} has changed since {run.folder} was made; run genpi.py anew"
-        raise ValueError(told)
+    base_folder(run)
     model, chat = loaded or load_model(run.model, run.device, bits=run.bits)
     try:
         lora.load_adapter(model, run.folder, base_model=run.model)
@@ -271,6 +320,15 @@ def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llam
         cure = f"delete {config}, and genpi.py goes on from its checkpoint"
         raise ValueError(f"{error}; {cure}") from None
     return model.eval(), chat
+
+
+def base_folder(run: Run) -> Path:
+    """The folder of the run's base model. Raises: ValueError if the model has changed."""
+    folder = find_folder(run.model)
+    if fingerprint(folder) != run.model_sha256:
+        told = f"{run.model} has changed since {run.folder} was made; run genpi.py anew"
+        raise ValueError(told)
+    return folder
 
 
 # ------------------------------------------------------------------------------ several processes

@@ -462,6 +462,7 @@ def test_an_out_that_begins_with_a_dash(run, report, tmp_path, monkeypatch):
     prepare(Path("-run"))
     monkeypatch.setattr(genpi, "report", evaluate.report)
     assert run("--out=-run")[0] == 0 and Path("-run", "report.md").exists()
+    assert Path("-run", "report.svg").read_text().startswith("<svg")
 
 
 def test_the_report_of_the_command_is_that_of_the_files(run, report, out, monkeypatch):
