@@ -43,9 +43,8 @@ import math
 import os
 import re
 import sys
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,16 +59,16 @@ from evaluate import report
 from loss import joint_loss as joint_loss
 from loss import token_nll as token_nll
 from model import Llama, load_model, read_shape
-from prompt import TASKS, Prompt, Task, conversation, parse_prompt, student_messages
-from sampler import Sampling, Voice
+from prompt import TASKS, Prompt, Task, parse_prompt
+from sampler import Voice
 from server import Server, connect
 from show import show
 from synth import WAVE, Plan, print_quality, quality, synthesise
+from talk import talk
 from train import (
     Recipe,
     join_team,
     leave_team,
-    open_model,
     team,
     train,
     training_sequences,
@@ -208,7 +207,7 @@ def fit_turn(args, chat: Chat, prompt: Prompt) -> None:
         )
 
 
-# --------------------------------------------------------------------------------- --show, --chat
+# ----------------------------------------------------------------------------------------- --show
 
 
 def show_record(args) -> None:
@@ -230,68 +229,6 @@ def show_record(args) -> None:
         with redirect_stdout(sys.stderr):  # the record alone is on stdout
             make_records(args, prompt, *load_model(args.model, args.device, bits=args.bits))
         show(args.out, args.record)
-
-
-HELP = """Talk to the internalised model. /base: the plain model; /prompt: the plain model with \
-the prompt; /adapter: back; /new: forget the conversation; /quit. A message of several lines \
-stands between two lines of three double quotes."""
-QUOTES = '"""'
-
-
-def talk(folder: Path, device: str | None) -> None:
-    """A conversation on the terminal with the adapter, the plain model, or the prompted one."""
-    run = runs.load_run(folder, device)
-    model, chat = open_model(run)
-    print(HELP)
-    mode = "adapter"
-    turns = []
-    while True:
-        try:
-            said = read_message(f"\n{mode}> ")
-        except EOFError:
-            return
-        if said == "/quit":
-            return
-        if said in ("/base", "/prompt", "/adapter", "/new"):
-            if said != "/new":
-                mode = said[1:]
-            turns = []  # a mode begins anew
-        elif re.fullmatch(r"/\w*", said):  # no path, which may begin a message
-            print(HELP)
-        elif said:
-            opening = run.prompt.teacher if mode == "prompt" else student_messages
-            first, *later = [*turns, said]
-            messages = conversation(opening(first), later)
-            try:
-                with nullcontext() if mode == "adapter" else lora.adapter_off(model):
-                    reply = say_aloud(Voice(model, chat), messages, run.max_new_tokens)
-                turns += [said, reply]
-            except ValueError as error:
-                print(f"{str(error).partition(';')[0]}; begin another with /new")
-
-
-def read_message(ask: str) -> str:
-    """What the user types: a line, or all lines between two of three double quotes."""
-
-    def line(ask: str) -> str:
-        return input(ask).encode(errors="replace").decode().rstrip()
-
-    first = line(ask).lstrip()
-    if first != QUOTES:
-        return first
-    lines = iter(partial(line, "... "), QUOTES)  # until a line is that
-    return "\n".join(lines).strip()
-
-
-def say_aloud(voice: Voice, messages: list[dict], limit: int) -> str:
-    """Print the reply as it is written, and return it."""
-    said = ""
-    for _, text, _ in voice.speak([messages], Sampling(limit), partly=True):
-        if not text.endswith("\ufffd"):  # half of a character of several bytes: wait for the rest
-            print(text[len(said) :], end="", flush=True)
-            said = text
-    print()
-    return said
 
 
 # ------------------------------------------------------------------------------------------ flags

@@ -24,6 +24,7 @@ import evaluate
 import genpi
 import runs
 import synth
+import talk
 import train
 from model import load_model
 
@@ -680,7 +681,7 @@ def test_a_folder_for_the_merged_model(run, again, checkpoint):
 # ------------------------------------------------------------------------------------------- chat
 
 
-def talk(run, folder, monkeypatch, *lines):
+def say_to(run, folder, monkeypatch, *lines):
     """Say some lines to a finished run -> (exit code, stdout, stderr)."""
     said = iter(lines)
     monkeypatch.setattr("builtins.input", lambda prompt: next(said))
@@ -689,13 +690,13 @@ def talk(run, folder, monkeypatch, *lines):
 
 def test_chat_with_a_full_context(run, again, monkeypatch):
     """A message too long for the context is told how to go on, and the chat does."""
-    code, stdout, _ = talk(run, again, monkeypatch, "x" * CONTEXT, "/new", "Hi.", "/quit")
+    code, stdout, _ = say_to(run, again, monkeypatch, "x" * CONTEXT, "/new", "Hi.", "/quit")
     assert code == 0 and re.search(f"context of {CONTEXT}.*/new", stdout)
 
 
 def test_chat_with_bytes_that_are_no_text(run, again, monkeypatch):
     """What a terminal could not decode does not end the chat."""
-    assert talk(run, again, monkeypatch, "h\udcffi", "/quit")[0] == 0
+    assert say_to(run, again, monkeypatch, "h\udcffi", "/quit")[0] == 0
 
 
 def test_chat_reads_a_message_of_several_lines(again, monkeypatch):
@@ -708,8 +709,8 @@ def test_chat_reads_a_message_of_several_lines(again, monkeypatch):
         heard.append(messages[-1]["content"])
         return "ok"
 
-    monkeypatch.setattr(genpi, "say_aloud", reply)
+    monkeypatch.setattr(talk, "say_aloud", reply)
     said = iter(['"""', "The output is:", "", "  7  ", '"""  ', "/etc is full.", "/quit"])
     monkeypatch.setattr("builtins.input", lambda ask: next(said))
-    genpi.talk(again, "cpu")
+    talk.talk(again, "cpu")
     assert heard == ["The output is:\n\n  7", "/etc is full."]
