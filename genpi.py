@@ -43,7 +43,8 @@ import math
 import os
 import re
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,6 +52,7 @@ from tempfile import TemporaryDirectory
 import safetensors
 import torch
 
+import forecast
 import lora
 import runs
 from chat import Chat
@@ -185,11 +187,19 @@ def train_adapter(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
         raise ValueError(f"{args.out}: no records; every process must see this folder")
     samples, _ = runs.split_records(records, args.samples, args.held_out)
     sft, pg = training_sequences(chat, prompt, samples, args.lam)
+    add_adapter(args, model)
+    train(model, sft, pg, open_recipe(args), args.out)
+
+
+def add_adapter(args, model: Llama) -> None:
+    """Put a fresh adapter on the model."""
     torch.manual_seed(args.seed)  # A of every LoRA layer
     lora.add_lora(model, args.rank, args.alpha, args.dropout)
     model.checkpointing = args.checkpointing
-    recipe = Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
-    train(model, sft, pg, recipe, args.out)
+
+
+def open_recipe(args) -> Recipe:
+    return Recipe(**{field.name: getattr(args, field.name) for field in fields(Recipe)})
 
 
 def fit_turn(args, chat: Chat, prompt: Prompt) -> None:
@@ -222,13 +232,39 @@ def show_record(args) -> None:
     fit_turn(args, chat, prompt)
     if runs.has_records(args, known_of(args, prompt, chat)):
         return show(args.out, args.record)
+    loaded = load_model(args.model, args.device, bits=args.bits)
+    with two_records(args, prompt, *loaded) as folder:
+        show(folder, args.record)
+
+
+@contextmanager
+def two_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[Path]:
+    """Two records, the fewest that a run can have, in a run folder that is deleted again."""
     with TemporaryDirectory() as scratch:
-        args.out = Path(scratch) / args.out.resolve().name
-        args.samples = 1
-        args.held_out = 1  # a run needs both
-        with redirect_stdout(sys.stderr):  # the record alone is on stdout
-            make_records(args, prompt, *load_model(args.model, args.device, bits=args.bits))
-        show(args.out, args.record)
+        few = argparse.Namespace(**vars(args))
+        few.out = Path(scratch) / args.out.resolve().name
+        few.samples = 1
+        few.held_out = 1
+        with redirect_stdout(sys.stderr):  # what is asked for is alone on stdout
+            make_records(few, prompt, model, chat)
+        yield few.out
+
+
+def dry_run(args) -> None:
+    """Print what the run would take; nothing of it is begun."""
+    prompt = parse_prompt(runs.read_text(args.prompt, "prompt"), str(args.prompt))
+    model, chat = load_model(args.model, args.device, bits=args.bits)
+    fit_turn(args, chat, prompt)
+    lora.check_rank(model, args.rank)
+    with two_records(args, prompt, model, chat) as folder:
+        records = runs.read_records(folder / "data.jsonl")
+    whole = [r for r in records if not (r.overlong or r.no_reason)]
+    training_sequences(chat, prompt, whole, args.lam)  # says if none fits
+    voice = Voice(model, chat, args.slots)
+    generator = open_generator(args, voice)
+    add_adapter(args, model)
+    plan = args.samples, args.held_out
+    print(forecast.dry_run(voice, generator, prompt, whole, open_recipe(args), plan))
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -303,6 +339,7 @@ def build_parser() -> Flags:
     add("--chat", type=Path, metavar="RUN", help="talk to the model of a finished run instead")
     add("--show", type=Path, metavar="RUN", nargs="?", const=True, help="print a record as it is "
         "trained instead: of this run, or else of the run of the other flags")
+    add("--dry-run", action="store_true", help="print what the run would take: hours, memory")
     add("--record", type=number(int, 0), help="number of the record; None: the first trained on")
     add = parser.add_argument_group("models").add_argument
     add("--model", type=utf8, help="folder or Hub id; None: tiny/, with a preset of its own")
@@ -379,7 +416,12 @@ def command(argv: list[str] | None) -> None:
     if args.chat:
         return talk(args.chat, args.device)
     try:
-        show_record(args) if args.show else internalise(args)
+        if args.show:
+            show_record(args)
+        elif args.dry_run:
+            dry_run(args)
+        else:
+            internalise(args)
     except (OSError, safetensors.SafetensorError) as error:
         told = f"{args.out}: {error}; free some space or choose another --out"
         raise ValueError(told) from None

@@ -36,8 +36,8 @@ from prompt import TASKS, Prompt, Task, parse_prompt
 
 AGAIN = "delete it, and genpi.py makes it again"
 NOT_COMPARED = {  # they change no experiment, or (on a GPU) only its rounding and dropout noise
-    "out", "chat", "show", "record", "concurrency", "timeout", "device", "slots", "micro_tokens",
-    "checkpointing", "save_every",
+    "out", "chat", "show", "record", "dry_run", "concurrency", "timeout", "device", "slots",
+    "micro_tokens", "checkpointing", "save_every",
 }  # fmt: skip
 
 # ----------------------------------------------------------------------------------------- files
