@@ -75,6 +75,8 @@ def mark(x: float, y: list[float], who: str, label: str = "") -> str:
     low, at, high = y
     bar = f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{COLOUR[who]}"/>'
     dot = f'<circle cx="{x:.1f}" cy="{at:.1f}" r="2" fill="{COLOUR[who]}"/>'
+    if who == "base":  # what stands right of it is the adapter's
+        return bar + dot + words(x - 6, at + 4, label, COLOUR[who], anchor="end")
     return bar + dot + words(x + 6, at + 4, label, COLOUR[who])
 
 
