@@ -39,6 +39,7 @@ Left out: configuration files, sweeps; one command is one adapter. Source: arXiv
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -59,7 +60,7 @@ from loss import joint_loss as joint_loss
 from loss import pg_sequence, sft_sequence
 from loss import token_nll as token_nll
 from model import Llama, load_model
-from prompt import TASKS, Prompt, conversation, parse_prompt, student_messages
+from prompt import TASKS, Prompt, conversation, parse_demos, parse_prompt, student_messages
 from runs import Record
 from sampler import Sampling, Voice
 from server import Server, connect
@@ -99,10 +100,7 @@ def internalise(args) -> None:
 
 def make_records(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     """Everything up to the last record of data.jsonl."""
-    demos = TASKS[args.task].demos
-    if args.demos:
-        lines = runs.read_text(args.demos, "demos").splitlines()
-        demos = tuple(line.strip() for line in lines if line.strip())
+    demos = read_demos(args)
     said = {"environment": args.environment, "max_turns": args.max_turns, "demos": demos}
     task = replace(TASKS[args.task], **said)
     voice = Voice(model, chat, args.slots)
@@ -111,7 +109,7 @@ def make_records(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
         "prompt_sha256": runs.text_hash(prompt.text),
         "model_sha256": runs.fingerprint(find_folder(args.model)),
         "chat_format": chat.format,
-        "demos_sha256": runs.text_hash("\n".join(demos)),
+        "demos_sha256": runs.text_hash(json.dumps(demos)),
     }
     if args.generator and not args.generator_model:
         known["generator_sha256"] = runs.fingerprint(find_folder(args.generator))
@@ -122,6 +120,14 @@ def make_records(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     plan = Plan(prompt, task, wanted, *limits, args.seed)
     records = synthesise(voice, generator, plan, args.out)
     print_quality(quality(records, task))
+
+
+def read_demos(args) -> tuple[str, ...]:
+    """The demonstrations of --demos, or those that come with the task (`any` has none)."""
+    if args.task == "any" and not args.demos:
+        return ()
+    path = args.demos or HERE / "demos" / f"{args.task}.txt"
+    return parse_demos(runs.read_text(path, "demos"))
 
 
 def open_generator(args, voice: Voice) -> Voice | Server:
@@ -333,7 +339,8 @@ def build_parser() -> Flags:
     add("--prompt", type=Path, default=HERE / "os.txt", help="the prompt file (UTF-8)")
     add("--task", choices=sorted(TASKS), help="kind of prompt; None: by the file's name, or any")
     add("--environment", type=utf8, help="whom the agent talks to; None: the task's")
-    add("--demos", type=Path, help="file of first user messages as examples, one a line")
+    add("--demos", type=Path, help="file of first user messages as examples: one a line, or "
+        "parted by lines of ---, or JSON strings, one a line; None: the task's")
     add("--out", type=Path, help="run folder; None: runs/NAME of the prompt file")
     add("--chat", type=Path, metavar="RUN", help="talk to the model of a finished run instead")
     add = parser.add_argument_group("models").add_argument
