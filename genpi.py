@@ -39,6 +39,7 @@ Left out: configuration files, sweeps; one command is one adapter. Source: arXiv
 """
 
 import argparse
+import json
 import math
 import os
 import re
@@ -61,7 +62,7 @@ from evaluate import report
 from loss import joint_loss as joint_loss
 from loss import token_nll as token_nll
 from model import Llama, load_model, read_shape
-from prompt import TASKS, Prompt, Task, parse_prompt
+from prompt import TASKS, Prompt, Task, parse_demos, parse_prompt
 from sampler import Voice
 from server import Server, connect
 from show import show
@@ -124,12 +125,17 @@ def make_records(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
 
 def open_task(args) -> Task:
     """What is known of the prompt's kind, where no flag says otherwise."""
-    demos = TASKS[args.task].demos
-    if args.demos:
-        lines = runs.read_text(args.demos, "demos").splitlines()
-        demos = tuple(line.strip() for line in lines if line.strip())
+    demos = read_demos(args)
     said = {"environment": args.environment, "max_turns": args.max_turns, "demos": demos}
     return replace(TASKS[args.task], **said)
+
+
+def read_demos(args) -> tuple[str, ...]:
+    """The demonstrations of --demos, or those that come with the task (`any` has none)."""
+    if args.task == "any" and not args.demos:
+        return ()
+    path = args.demos or HERE / "demos" / f"{args.task}.txt"
+    return parse_demos(runs.read_text(path, "demos"))
 
 
 def known_of(args, prompt: Prompt, chat: Chat) -> dict:
@@ -138,7 +144,7 @@ def known_of(args, prompt: Prompt, chat: Chat) -> dict:
         "prompt_sha256": runs.text_hash(prompt.text),
         "model_sha256": runs.fingerprint(find_folder(args.model)),
         "chat_format": chat.format,
-        "demos_sha256": runs.text_hash("\n".join(open_task(args).demos)),
+        "demos_sha256": runs.text_hash(json.dumps(open_task(args).demos)),
     }
     if args.generator and "://" not in args.generator:
         known["generator_sha256"] = runs.fingerprint(find_folder(args.generator))
@@ -334,7 +340,8 @@ def build_parser() -> Flags:
     add("--prompt", type=Path, default=HERE / "os.txt", help="the prompt file (UTF-8)")
     add("--task", choices=sorted(TASKS), help="kind of prompt; None: by the file's name, or any")
     add("--environment", type=utf8, help="whom the agent talks to; None: the task's")
-    add("--demos", type=Path, help="file of first user messages as examples, one a line")
+    add("--demos", type=Path, help="file of first user messages as examples: one a line, or "
+        "parted by lines of ---, or JSON strings, one a line; None: the task's")
     add("--out", type=Path, help="run folder; None: runs/NAME of the prompt file")
     add("--chat", type=Path, metavar="RUN", help="talk to the model of a finished run instead")
     add("--show", type=Path, metavar="RUN", nargs="?", const=True, help="print a record as it is "

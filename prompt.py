@@ -12,6 +12,7 @@ system message. A message is {"role": "system" | "user" | "assistant", "content"
 Left out: images, tools, prompts in several files. Source: GenPI section 5, AgentBench (2308.03688).
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -101,6 +102,34 @@ def check_markers(before: str, markers: list[str], name: str) -> None:
         raise ValueError(f"{name}: {told}")
 
 
+# ---------------------------------------------------------------------------------------- demos
+
+
+def parse_demos(text: str) -> tuple[str, ...]:
+    """Read the text of a file of demonstrations: first messages, each of one or more lines.
+
+    With lines of three dashes these part the messages; else every line is one: a JSON string if
+    all lines are (JSONL), or the message itself.
+    """
+    blocks = re.split(r"^---[ \t]*$", text, flags=re.MULTILINE)
+    if len(blocks) == 1:
+        lines = [line for line in text.split("\n") if line.strip()]
+        blocks = json_strings(lines) or lines
+    demos = [block.strip() for block in blocks]
+    return tuple(demo for demo in demos if demo)
+
+
+def json_strings(lines: list[str]) -> list[str]:
+    """The strings that the lines spell in JSON; none if any line is something else."""
+    try:
+        found = [json.loads(line) for line in lines if line.lstrip().startswith('"')]
+    except json.JSONDecodeError:
+        return []
+    if len(found) < len(lines):
+        return []
+    return [demo.encode(errors="replace").decode() for demo in found]  # half a surrogate pair: ?
+
+
 # ---------------------------------------------------------------------------------------- tasks
 
 
@@ -111,20 +140,20 @@ class Task:
     environment   whom the model plays
     max_turns     agent turns of a conversation at most
     gold_turns    agent turns that the benchmark's own solutions take (GenPI Table 4), if known
-    demos         first messages that show the generator what is wanted
     action        agent text -> its parsed action or None; without one any text is an action
     final         parsed action -> does it end the conversation?
     counted       parsed action -> does Table 4 take it for a final action? None: as `final`
+    demos         first messages that show the generator what is wanted; they come from a file
     """
 
     name: str
     environment: str
     max_turns: int
-    demos: tuple[str, ...] = ()
     action: Callable[[str], tuple | None] | None = None
     final: Callable[[tuple], bool] = lambda action: False
     counted: Callable[[tuple], bool] | None = None
     gold_turns: float | None = None
+    demos: tuple[str, ...] = ()
 
     def act(self, text: str) -> tuple | None:
         """The action that an agent turn takes, None if it takes none."""
@@ -174,31 +203,17 @@ def shopping_action(text: str) -> tuple | None:
     return (found[1].lower(), found[2].strip().lower()) if found else None
 
 
-OS_DEMOS = (
-    "How many files are in the directory /srv/photos?",
-    "Rename /home/ana/notes.txt to plan.txt.",
-    "Who owns the newest file in /data/orders?",
-    "Append the line winter to /home/leo/garden/books.md.",
-    "Tell me the size of /opt/games in megabytes.",
-)
-SHOPPING_DEMOS = (
-    "I need a pair of waterproof hiking boots in size 9, and price lower than 90.00 dollars",
-    "find me a sugar free dark chocolate bar, pack of 12, and price lower than 30.00 dollars",
-    "I want a wireless keyboard with a quiet touch, black, and price lower than 50.00 dollars",
-    "look for a queen size cotton bed sheet, machine washable, and price lower than 60.00 dollars",
-    "I am looking for a fragrance free hand cream for dry skin, and price lower than 20.00 dollars",
-)
 OS = Task(
-    "os", "the shell of a Linux machine", 10, OS_DEMOS,
-    os_action, final=lambda action: action[0] in ("finish", "answer"), gold_turns=3,
+    "os", "the shell of a Linux machine", 10, os_action,
+    final=lambda action: action[0] in ("finish", "answer"), gold_turns=3,
 )  # fmt: skip
-WEB_BROWSING = Task(  # no demos: a first message is a whole page, and the examples show three
-    "web_browsing", "a browser that shows pages as HTML", 2, (), browsing_action, final=bool,
+WEB_BROWSING = Task(
+    "web_browsing", "a browser that shows pages as HTML", 2, browsing_action, final=bool,
     counted=lambda action: action[0] == "A" or action[1] != "", gold_turns=1,
 )  # fmt: skip
 WEB_SHOPPING = Task(
-    "web_shopping", "a shop that shows its pages as text", 5, SHOPPING_DEMOS,
-    shopping_action, final=lambda action: action == ("click", "buy now"),
+    "web_shopping", "a shop that shows its pages as text", 5, shopping_action,
+    final=lambda action: action == ("click", "buy now"),
     counted=lambda action: True, gold_turns=4,
 )  # fmt: skip
 ANY = Task("any", "the user of this conversation", 1)

@@ -36,8 +36,9 @@ from sampler import Sampling, Voice
 from server import Server
 
 FRUITLESS_ROUNDS = 5  # rounds in a row that bring nothing new, then we go on with what there is
-LIST_ITEMS = 10  # pseudo inputs asked for in one list
-ITEM_TOKENS = 64  # room for each of them
+LIST_ITEMS = 10  # pseudo inputs asked for in one list, at most
+ITEM_TOKENS = 64  # room for each of them, at least
+LIST_TOKENS = 8192  # room for all of them, at most
 LISTS = 32  # lists asked for in one round, at most
 WAVE = 64  # records that are synthesised together; an interrupted wave is begun again
 
@@ -184,6 +185,15 @@ def check_inputs(inputs: list[str], n: int) -> None:
         tqdm.write(f"pseudo inputs: {told}; {cure}")
 
 
+@dataclass(frozen=True)
+class Question:
+    """What the generator is asked for a list."""
+
+    messages: list[dict]
+    first: int  # the number of the first new item
+    items: int  # new ones that are asked for
+
+
 def more_inputs(
     generator: Voice | Server, plan: Plan, known: list[str], n: int, seed: int
 ) -> list[str]:
@@ -192,23 +202,50 @@ def more_inputs(
     Where the task has no demonstrations, five of the inputs found so far serve (Self-Instruct).
     """
     rng = random.Random(seed)
-    asked = []
-    firsts = []  # the number of the first new item of each list
-    for _ in range(max(1, min(LISTS, -(-n // LIST_ITEMS)))):  # n / LIST_ITEMS, rounded up
-        shown = list(plan.task.demos) or rng.sample(known, min(5, len(known)))
-        asked.append(inputs_messages(plan.prompt, shown, LIST_ITEMS))
-        firsts.append(len(shown) + 1)
+    demos = list(plan.task.demos)
+    room = item_room(demos or known)
+    questions: list[Question] = []
+    while sum(question.items for question in questions) < n and len(questions) < LISTS:
+        shown = demos or rng.sample(known, min(5, len(known)))
+        questions.append(ask_for_list(generator, plan, shown, room))
+    asked = [question.messages for question in questions]
     seeds = [rng.getrandbits(40) for _ in asked]
-    sampling = Sampling(LIST_ITEMS * ITEM_TOKENS, temperature=1.0, top_p=0.9)
+    limit = room * max(question.items for question in questions)
+    sampling = Sampling(limit, temperature=1.0, top_p=0.9)
     found = []
     for number, text, ended in sorted(generator.speak(asked, sampling, seeds)):
         if text is None:
-            told = "the prompt does not fit the context of the generator's server"
+            told = "prompt, demos and a new list do not fit the context of the generator's server"
             cure = "serve it with a longer one, and the same command goes on from here"
             raise ValueError(f"{told}; {cure}")
-        items = parse_list(text, firsts[number])
+        items = parse_list(text, questions[number].first)
         found += items if ended else items[:-1]  # a list cut at the limit ends in half an item
     return found
+
+
+def item_room(examples: list[str]) -> int:
+    """Tokens that a pseudo input may take: half the mean bytes of the examples (twice theirs)."""
+    size = sum(len(example.encode()) for example in examples) // max(1, len(examples))
+    return min(max(size // 2, ITEM_TOKENS), LIST_TOKENS)
+
+
+def ask_for_list(generator: Voice | Server, plan: Plan, shown: list[str], room: int) -> Question:
+    """Ask for LIST_ITEMS items of `room` tokens, or for as many as the context has room for.
+
+    Inputs found so far give way if there is no room for one item. Raises: ValueError if there is
+    none still, or beside the demonstrations.
+    """
+    for items in range(max(1, min(LIST_ITEMS, LIST_TOKENS // room)), 0, -1):
+        messages = inputs_messages(plan.prompt, shown, items)
+        if generator.fits(messages, items * room):
+            return Question(messages, len(shown) + 1, items)
+    if shown and not plan.task.demos:
+        return ask_for_list(generator, plan, shown[:-1], room)
+    raise ValueError(
+        f"prompt and demonstrations leave no room for one more input of {room} tokens in the "
+        f"generator's context of {generator.chat.context}; give shorter --demos or a --generator "
+        "with a longer context, with another --out"
+    )
 
 
 def inputs_messages(prompt: Prompt, demos: list[str], n: int) -> list[dict]:

@@ -254,6 +254,23 @@ def test_a_corrected_command_goes_on_in_the_same_folder(run, out, flags):
     assert run()[0] == 0
 
 
+def test_other_demonstrations_need_another_folder(run, out, tmp_path):
+    """The same words as two demos or as one of two lines are two experiments."""
+    demos = tmp_path / "demos.txt"
+    demos.write_text("Count to 3.\nName a tree.\n")
+    assert run("--demos", demos)[0] == 0
+    demos.write_text("Count to 3.\nName a tree.\n---\n")
+    complaint(run("--demos", demos), "demos_sha256", "--out")
+
+
+def test_the_demonstrations_of_a_task_need_no_flag(run, out):
+    """A task brings its own: to name their file changes nothing, and `any` has none."""
+    file = Path(genpi.__file__).parent / "demos" / "os.txt"
+    assert run("--task", "os")[0] == 0
+    assert run("--task", "os", "--demos", file)[0] == 0
+    assert genpi.read_demos(genpi.parse_flags(["--task", "any"])) == ()
+
+
 def test_cuda_asked_for_and_absent(run, monkeypatch):
     """--device cuda without a CUDA device says which device there is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,5 +1,6 @@
 """The prompt p: files and chat form, what teacher, student and environment see, parsed actions."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from prompt import (
     environment_messages,
     message,
     os_action,
+    parse_demos,
     parse_prompt,
     shopping_action,
     student_messages,
@@ -34,6 +36,22 @@ def read(name: str):
     """The prompt in a file of the repository."""
     text = (Path(__file__).parent.parent / f"{name}.txt").read_text(encoding="utf-8")
     return parse_prompt(text, name)
+
+
+def demos(name: str) -> tuple[str, ...]:
+    """The demonstrations that come with a task."""
+    path = Path(__file__).parent.parent / "demos" / f"{name}.txt"
+    return parse_demos(path.read_text(encoding="utf-8"))
+
+
+def offers(page: str) -> dict:
+    """What a page of the shop lets one do: a Python dict, as the benchmark prints it."""
+    return ast.literal_eval(page.split("Available Actions:\n")[-1])
+
+
+def choices(page: str) -> dict[str, str]:
+    """letter -> element of a web page's message."""
+    return dict(re.findall(r"^([A-F])\. (.*)$", page, re.MULTILINE))
 
 
 def examples(name: str) -> list[tuple[str, tuple]]:
@@ -66,15 +84,23 @@ def test_worked_examples_keep_to_their_own_protocol(name):
     assert TASKS[name].final(actions[-1])
 
 
+PAGES = [page for page, _ in examples("web_browsing")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *demos("web_browsing")])
+def test_browsing_pages_offer_their_elements_in_order(page):
+    """B to F, after A for none, are ids in document order, each with at most ten words."""
+    none, *elements = choices(page).values()
+    assert none == "None of the above" and "".join(choices(page)) == "ABCDEF"[: 1 + len(elements)]
+    places = [page.index(re.search(r"<\w+ id=\d+", element)[0]) for element in elements]
+    assert places == sorted(places)
+    assert all(len(element.split()) <= 10 for element in elements)
+
+
 def test_browsing_examples_choose_what_is_offered():
-    """A letter is listed, B to F are ids in document order, a value stands in the page."""
+    """A letter is listed, and a value stands in the page."""
     for page, (letter, operation, value) in examples("web_browsing"):
-        choices = dict(re.findall(r"^([A-F])\. (.*)$", page, re.MULTILINE))
-        assert choices.pop("A") == "None of the above"
-        places = [page.index(re.search(r"<\w+ id=\d+", choice)[0]) for choice in choices.values()]
-        assert places == sorted(places) and "".join(choices) == "BCDEF"[: len(choices)]
-        assert all(len(choice.split()) <= 10 for choice in choices.values())
-        assert letter == "A" or letter in choices
+        assert letter in choices(page)
         assert (operation == "") == (letter == "A")
         assert (value == "") == (operation in ("", "CLICK")) and value in page
 
@@ -89,9 +115,66 @@ def test_shopping_example_does_only_what_a_page_offers():
     """The agent searches where there is a search bar, clicks what is clickable, and buys once."""
     actions = examples("web_shopping")
     for page, (name, argument) in actions:
-        offer = json.loads(page.split("Available Actions:\n")[-1])
+        offer = offers(page)
         assert offer["has_search_bar"] if name == "search" else argument in offer["clickables"]
     assert [action == ("click", "buy now") for _, action in actions] == [False] * 3 + [True]
+
+
+def test_shopping_pages_arrive_whole():
+    """x is all that the shop sends first, so p adds nothing to it and neither do the examples."""
+    assert read("web_shopping").opening == "{user_input}"
+    pages = [message for message, _ in examples("web_shopping")]
+    first = re.compile(r"Observation:\nWebShop \[SEP] Instruction: \[SEP] .+ \[SEP] Search\n\n.*")
+    for page in (pages[0].partition("like this one.\n\n")[2], *demos("web_shopping")):
+        actions = {"has_search_bar": True, "clickables": ["search"]}
+        assert first.match(page) and page.endswith(f"\n\nAvailable Actions:\n{actions}")
+    for page in pages:  # a Python dict in its own spelling
+        assert page.endswith(f"\n\nAvailable Actions:\n{offers(page)}")
+
+
+# ----------------------------------------------------------------------------------- demonstrations
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_five_demonstrations_come_with_a_task(name):
+    """They are distinct, none stands in p, and web pages have the lines of the worked examples."""
+    found = demos(name)
+    assert len(set(found)) == len(found) == 5
+    assert not any(demo in read(name).text for demo in found)
+    shape = re.compile(
+        r"'''\n<html> .* </html>\n'''\n\nTask: .*\.\nPrevious actions:\n"
+        r"(None|(\[\w+\] .+ -> (CLICK|(TYPE|SELECT): .+)\n?){1,5})\n?"
+        r"Which of these is the next step\? If it is not listed, choose A\.\n\n([A-F]\. .+\n?)+"
+    )
+    if name == "web_browsing":
+        assert all(shape.fullmatch(page) for page in found)
+        assert all(shape.search(page) for page, _ in examples(name))
+        assert 0 < sum("\nNone\n" in page for page in found) < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("one\n\n  two \n", ("one", "two")),
+        ("a page\n\n  of lines\n---\nanother\n", ("a page\n\n  of lines", "another")),
+        ("---\nonly\none\n--- \n\n---\n", ("only\none",)),
+        ("x --- y\n----\n--\n", ("x --- y", "----", "--")),
+        ('"a\\nb"\n\n "\\u00e9 \\"c\\""\n', ("a\nb", 'é "c"')),
+        ('"Hi" in French?\n"Hi"\n', ('"Hi" in French?', '"Hi"')),
+        ('"a"\n7\n', ('"a"', "7")),
+        ('"\\ud800"', ("?",)),
+        ("", ()),
+    ],
+)
+def test_demonstrations_are_blocks_or_json_strings_or_lines(text, found):
+    """Blocks where a line of three dashes parts them, JSONL where all lines are, else lines."""
+    assert parse_demos(text) == found
+
+
+def test_demonstrations_in_jsonl_are_those_in_blocks():
+    """Whatever a demo consists of, its JSON spelling gives it back."""
+    pages = demos("web_browsing")
+    assert parse_demos("\n".join(json.dumps(page) for page in pages)) == pages
 
 
 # ------------------------------------------------------------------------------ reading the prompt

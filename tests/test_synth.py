@@ -3,16 +3,19 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import synth
-from prompt import END, TASKS, parse_prompt
+from prompt import END, TASKS, parse_demos, parse_prompt
 from runs import Record, append_record
 from sampler import Sampling
 from synth import (
     FRUITLESS_ROUNDS,
     Plan,
+    inputs_messages,
     more_inputs,
     parse_list,
     pseudo_inputs,
@@ -24,6 +27,7 @@ from synth import (
 
 OS = TASKS["os"]
 PROMPT = parse_prompt("<USER>:\nRules. {user_input}")
+ROOT = Path(__file__).parent.parent
 LIST = "Act: bash\n\n```bash\nls\n```"
 
 
@@ -163,12 +167,29 @@ def test_a_list_may_begin_at_one():
     assert parse_list("There are 3. things I like", first=6) == []
 
 
+@pytest.mark.parametrize("name", ["os", "web_browsing", "web_shopping"])
+def test_a_list_gives_the_demonstrations_back(name):
+    """Numbered as the generator is shown them, whole pages are read as they were written."""
+    demos = demos_of(name)
+    text = inputs_messages(PROMPT, list(demos), 9)[-1]["content"]
+    listed = text.partition("one message an item.\n\n")[2].partition("\n\nContinue")[0]
+    assert tuple(parse_list(listed, first=1)) == demos
+
+
+def demos_of(name):
+    """The demonstrations that come with a task."""
+    return parse_demos((ROOT / "demos" / f"{name}.txt").read_text(encoding="utf-8"))
+
+
 class Lists:
     """A generator that writes the same list in answer to all, to its end or cut at the limit."""
 
     def __init__(self, text, ended=True):
         self.text = text
         self.ended = ended
+
+    def fits(self, messages, max_new_tokens):
+        return True
 
     def speak(self, conversations, sampling, seeds):
         self.asked = [messages[-1]["content"] for messages in conversations]
@@ -192,6 +213,78 @@ def test_the_demonstrations_are_shown_or_else_what_was_found():
     assert (generator.sampling.temperature, generator.sampling.top_p) == (1.0, 0.9)
     more_inputs(generator, plan_of(), [f"found {i}" for i in range(9)], 25, 0)
     assert [text.count("found") for text in generator.asked] == [5, 5, 5]
+
+
+class Pages:
+    """A generator with a context of so many tokens, each of three letters.
+
+    It writes as many items as it is asked for, each the same page with a number of its own.
+    """
+
+    def __init__(self, context, page):
+        self.chat = SimpleNamespace(context=context)
+        self.page = page
+        self.asked = []  # (items, tokens) of each list
+
+    def fits(self, messages, max_new_tokens):
+        return self.read(messages) + max_new_tokens <= self.chat.context
+
+    def read(self, messages):
+        return sum(len(m["content"]) for m in messages) // 3
+
+    def speak(self, conversations, sampling, seeds):
+        for number, messages in enumerate(conversations):
+            room = min(sampling.max_new_tokens, self.chat.context - self.read(messages))
+            assert room > 0, "the question fills the context"
+            n = int(re.search(r"list with (\d+) new", messages[-1]["content"])[1])
+            self.asked.append((n, sampling.max_new_tokens))
+            first = 1 + len(re.findall(r"^\d+\. ", messages[-1]["content"], re.MULTILINE))
+            text = "\n".join(f"{first + i}. {number}.{i} {self.page}" for i in range(n))
+            yield number, text[: 3 * room], len(text) <= 3 * room
+
+
+def web_plan(name="web_browsing", demos=None):
+    """The plan of a web task's own prompt, with the demos that come with it or with others."""
+    prompt = parse_prompt((ROOT / f"{name}.txt").read_text(encoding="utf-8"))
+    task = replace(TASKS[name], demos=demos_of(name) if demos is None else demos)
+    return Plan(prompt, task, 6, 9, 9, 0)
+
+
+def test_whole_web_pages_fit_a_small_context():
+    """With a context of 4,096 tokens lists have fewer items, and each item is a whole page."""
+    page = "'''\n<html>" + "<a id=0> Home </a>" * 120 + "</html>\n'''\n\nTask: Go home.\n\nB. Home"
+    generator = Pages(4096, page)
+    found = more_inputs(generator, web_plan(), [], 6, 0)
+    assert len(found) >= 1 and {x.partition(" ")[2] for x in found} == {page}
+    assert all(n < 10 and tokens > 640 for n, tokens in generator.asked)
+
+
+@pytest.mark.parametrize(
+    ("letters", "items", "tokens"),
+    [(0, 10, 640), (129, 10, 640), (400, 10, 2000), (2000, 8, 8000), (40_000, 1, 8192)],
+)
+def test_the_room_of_a_list_follows_the_demonstrations(letters, items, tokens):
+    """Ten items of 64 tokens; longer demos have half a token a letter, and 8,192 a list at most."""
+    generator = Pages(10**6, "page")
+    more_inputs(generator, plan_of(demos=("x" * letters,) * 5), [], 1, 0)
+    assert generator.asked == [(items, tokens)]
+
+
+def test_without_demonstrations_the_inputs_found_tell_the_length():
+    """At first there is nothing to go by; then the mean of what was found counts."""
+    generator = Pages(10**6, "page")
+    more_inputs(generator, plan_of(), [], 1, 0)
+    more_inputs(generator, plan_of(), ["x" * 300, "x" * 500], 1, 0)
+    assert generator.asked == [(10, 640), (10, 2000)]
+
+
+def test_demonstrations_that_fill_the_context_are_an_error():
+    """No room for one item is one line with numbers and cure; inputs found so far give way."""
+    demos = tuple(f"{i}" * 900 for i in range(5))
+    with pytest.raises(ValueError, match=r"\A.* 450 tokens.* 2000; .*--demos.*\Z"):
+        more_inputs(Pages(2000, "page"), plan_of(demos=demos), [], 6, 0)
+    generator = Pages(2000, "page")
+    assert len(more_inputs(generator, plan_of(), list(demos), 6, 0)) == 6
 
 
 def scripted(monkeypatch, *rounds):

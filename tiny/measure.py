@@ -24,6 +24,7 @@ import random
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from prompt import (
     conversation,
     environment_messages,
     os_action,
+    parse_demos,
     parse_prompt,
     student_messages,
 )
@@ -197,8 +199,10 @@ def wish_patterns():
 def inputs(rates, voice, prompt, n, seed):
     """Note about n pseudo inputs, sampled in lists of ten -> their spread over the kinds."""
     patterns, kinds = wish_patterns(), []
-    seen = {normalised(demo) for demo in TASK.demos}
-    for item in more_inputs(voice, Plan(prompt, TASK, n, 128, 512, seed), [], n, seed):
+    demos = parse_demos((HERE.parent / "demos" / "os.txt").read_text(encoding="utf-8"))
+    task = replace(TASK, demos=demos)
+    seen = {normalised(demo) for demo in demos}
+    for item in more_inputs(voice, Plan(prompt, task, n, 128, 512, seed), [], n, seed):
         kind = next((k for k, form in patterns.items() if re.fullmatch(form, item)), "none")
         new = normalised(item) not in seen
         rates.note(kind, item, {"inputs: usable": kind != "none", "inputs: distinct": new})
