@@ -41,7 +41,7 @@ import loss
 import picture
 import runs
 from chat import Chat
-from checkpoint import find_folder
+from files import UNSEEN, write_json, write_text
 from model import Llama
 from prompt import Prompt, Task, conversation, student_messages
 from runs import Record, Run
@@ -321,16 +321,20 @@ def report(
     loaded: tuple[Llama, Chat] | None,
     device: str | None = None,
     users: int = costs.USERS,
+    model: str | None = None,
 ) -> None:
-    """Make the report of a finished run, write it into its folder and print it."""
-    run = runs.load_run(folder, device)
+    """Make the report of a finished run, write it into its folder and print it.
+
+    model: where the base of the run is now.
+    """
+    run = runs.load_run(folder, device, model)
     found = measure(run, loaded, users)
-    page = markdown(found, folder.name)
+    page = markdown(found, folder.name).translate(UNSEEN)
     try:
-        runs.write_json(folder / "report.json", found)
-        runs.write_text(folder / "report.md", page)
+        write_json(folder / "report.json", found)
+        write_text(folder / "report.md", page)
         rows = runs.read_metrics(folder / "metrics.jsonl")
-        runs.write_text(folder / "report.svg", picture.draw(found, rows, folder.name))
+        write_text(folder / "report.svg", picture.draw(found, rows, folder.name).translate(UNSEEN))
     except OSError as error:
         raise ValueError(f"{folder}: {error}; free some space and run it again") from None
     print(f"\n{page}")
@@ -339,17 +343,17 @@ def report(
 # ------------------------------------------------------------------------------------ two runs
 
 
-def compare(folder: Path, against: Path, device: str | None) -> None:
+def compare(folder: Path, against: Path, device: str | None, model: str | None) -> None:
     """Print how two adapters differ on the same held-out inputs, a sentence a measure.
 
     Raises: ValueError if the runs do not hold out the same inputs, with the same teacher.
     """
-    runs_of_two = [runs.load_run(folder, device), runs.load_run(against, device)]
+    runs_of_two = [runs.load_run(each, device, model) for each in (folder, against)]
     records = [held_out_records(run, runs.load_records(run)[0]) for run in runs_of_two]
     ours, theirs = ([(record.pseudo_input, record.turns) for record in some] for some in records)
     if ours != theirs:
-        told = "do not hold out the same records; copy inputs.json and data.jsonl from one"
-        raise ValueError(f"{folder} and {against} {told} before training the other")
+        told = "do not hold out the same records"
+        raise ValueError(f"{folder} and {against} {told}; begin one with --records of the other")
     found = [outcomes(run, some) for run, some in zip(runs_of_two, records, strict=True)]
     for measure in found[0]:
         first, second = (each[measure] for each in found)
@@ -388,14 +392,13 @@ def difference(found: dict) -> str:
 # ---------------------------------------------------------------------------------- the command
 
 
-def write_merged(folder: Path, target: Path, device: str | None) -> None:
+def write_merged(folder: Path, target: Path, device: str | None, model: str | None) -> None:
     """Write the base of a run with its adapter folded in, as a plain checkpoint that needs no LoRA.
 
     Raises: ValueError if the target is the base's own folder.
     """
-    run = runs.load_run(folder, device)
-    model, _ = open_model(run)
-    lora.merge(model, target, find_folder(run.model))
+    run = runs.load_run(folder, device, model)
+    lora.merge(open_model(run)[0], target, run.base)
     print(f"{target}: {run.model} with the adapter of {folder} folded in")
 
 
@@ -403,6 +406,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Report on a finished run.")
     parser.add_argument("--run", type=Path, required=True, help="run folder of genpi.py")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the run's own")
+    parser.add_argument("--model", help="where the base model is now; by default where it was")
     parser.add_argument("--against", type=Path, metavar="RUN", help="compare with this run instead")
     parser.add_argument(
         "--users", type=int, default=costs.USERS, help="requests in flight at a time"
@@ -410,10 +414,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--merge", type=Path, metavar="FOLDER", help="write model + adapter there")
     args = parser.parse_args(argv)
     if args.merge:
-        return runs.exit_code(write_merged, args.run, args.merge, args.device)
+        return runs.exit_code(write_merged, args.run, args.merge, args.device, args.model)
     if args.against:
-        return runs.exit_code(compare, args.run, args.against, args.device)
-    return runs.exit_code(report, args.run, None, args.device, args.users)
+        return runs.exit_code(compare, args.run, args.against, args.device, args.model)
+    return runs.exit_code(report, args.run, None, args.device, args.users, args.model)
 
 
 if __name__ == "__main__":
