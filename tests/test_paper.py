@@ -185,9 +185,7 @@ def made(tmp_path_factory) -> SimpleNamespace:
 
 
 def test_who_says_what(made):
-    """Section 5: one model plays agent, environment and student, greedily (A.3); a generator, a
-    larger model in the paper, writes inputs and reasons.
-    """
+    """Section 5: one greedy model is agent, environment and student; a generator does the rest."""
     assert made.voice.samplings == dict.fromkeys(SPEAKERS, {Sampling(2048, temperature=0)})
     assert set(made.generator.asked) == {"inputs", "reason"}
 
@@ -293,9 +291,7 @@ def default(checkpoint, tmp_path_factory) -> SimpleNamespace:
 
 
 def test_plan(default):
-    """C.4: 1,000 pseudo inputs; 100 more for the report are ours. Code: a reply has at most 2,048
-    tokens, a reason 512.
-    """
+    """C.4: 1,000 inputs (100 more: ours). Code: at most 2,048 tokens a reply, 512 a reason."""
     plan = default.plan
     assert (plan.n_inputs, plan.max_new_tokens, plan.max_reason_tokens) == (1100, 2048, 512)
 
@@ -315,9 +311,8 @@ def test_adapter(default):
     layers = lora.lora_layers(default.model)
     assert sorted(name.rpartition(".")[2] for name in layers) == sorted(seven)  # of its one block
     assert {(len(a.lora_A), a.alpha, a.dropout) for a in layers.values()} == {(16, 32.0, 0.05)}
-    assert {(type(a.base), a.base.nf4.scale_code.dtype) for a in layers.values()} == {
-        (NF4Linear, torch.uint8)
-    }
+    assert {type(a.base) for a in layers.values()} == {NF4Linear}
+    assert {a.base.nf4.scale_code.dtype for a in layers.values()} == {torch.uint8}
 
 
 def test_share_of_the_parameters():
@@ -380,7 +375,7 @@ def test_table_4_faults(agent, environment, faults):
 
 def test_table_4_final_actions():
     """Table 4: final is an end in OS, a choice in browsing, any search or click in shopping."""
-    final = {"os": ANSWER, "web_browsing": "Answer: A.", "web_shopping": "Action: search[shoes]"}
+    final = {"os": "Act: finish", "web_browsing": "Answer: A.", "web_shopping": "Action: click[a]"}
     other = {"os": COMMAND, "web_browsing": "Answer: B", "web_shopping": "I buy it."}
     assert all(TASKS[name].has_final_action(text) for name, text in final.items())
     assert not any(TASKS[name].has_final_action(text) for name, text in other.items())
