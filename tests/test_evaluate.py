@@ -1,7 +1,9 @@
 """The measures of the report, by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import lora
 from chat import Chat
 from evaluate import (
     gap_closed,
+    held_out_records,
     internalised,
     line_nll,
     matched_ratio,
@@ -163,6 +166,15 @@ def test_a_request_is_its_first_token_and_the_others():
     row = evaluate.request([(1.0, 0.5), (3.0, 0.5)], reply=15)
     assert row["rounds"] == [8.0, 10.0] and row["seconds_per_request"] == 9.0
     assert (row["seconds_to_first_token"], row["tokens_per_second"]) == (2.0, 2.0)
+
+
+def test_only_held_out_records_that_fit_are_measured():
+    """The last records are held out; one that overfills the context is not measured."""
+    run = SimpleNamespace(folder="runs/x", samples=2, held_out=2)
+    records = [Record(i, f"x{i}", ["a"], overlong=i == 3) for i in range(4)]
+    assert held_out_records(run, records) == [records[2]]
+    with pytest.raises(ValueError, match="no held-out record fits"):
+        held_out_records(run, [replace(record, overlong=True) for record in records])
 
 
 def nll_by_hand(model, sequence: Sequence) -> list[float]:
