@@ -260,21 +260,23 @@ def markdown(report: dict, name: str) -> str:
     whom = ("base", "teacher", "adapter")
     part = 100 * report["trainable_params"] / report["total_params"]
     rows = [
-        f"| {name} turn | {' | '.join(interval(row[who]) for who in whom)} |"
+        f"| agreement, {name} turn | {' | '.join(interval(row[who]) for who in whom)} |"
         for name, row in report["agreement_by_turn"].items()
         if row["teacher"]["n"]
     ]
+    loop = report["closed_loop"]["conversations"]
+    rows.append(f"| all actions, closed loop | | {loop['n']} of {loop['n']} | {interval(loop)} |")
     return f"""# {name}: {report["prompt_tokens"]} prompt tokens in {report["trainable_params"]:,} \
 parameters ({part:.1f} %)
 
 {report["held_out"]} held-out pseudo inputs; trained on {report["samples"]}, lam {report["lam"]:g}
 
-| | base, no prompt | teacher, prompt | adapter, no prompt |
+| (intervals of 95 %) | base, no prompt | teacher, prompt | adapter, no prompt |
 |---|---|---|---|
 | nll (nats/token) | {" | ".join(f"{nll[who]:.3f}" for who in whom)} |
 {chr(10).join(rows)}
 
-{in_closed_loop(report)}
+{behaves(report)}
 
 {internalised(report)}
 
@@ -282,18 +284,17 @@ parameters ({part:.1f} %)
 """
 
 
-def in_closed_loop(report: dict) -> str:
-    """Whole conversations of the adapter, and whether it says the same once it is merged."""
+def behaves(report: dict) -> str:
+    """How the conversations of the closed loop went, and whether merging changes the adapter."""
     loop = report["closed_loop"]
     actions = loop["actions"]
     end = loop["final_action"]
-    return f"""the rows of turns: how many take the teacher's action, with a 95 % interval
+    return f"""in the closed loop (the base plays the environment) the adapter takes \
+{actions["k"]} of {actions["n"]} actions as the teacher; {end["adapter"]["k"]} of \
+{end["adapter"]["n"]} conversations end with a final action, the teacher's in {end["teacher"]["k"]}
 
-closed loop (the base plays the environment): {interval(loop["conversations"])} conversations take \
-all of the teacher's actions, {actions["k"]} of {actions["n"]} actions are the same; \
-{end["adapter"]["k"]} of {end["adapter"]["n"]} end with a final action (the teacher: \
-{end["teacher"]["k"]}); merged into dense weights the adapter takes the same first action \
-as before on {interval(report["merged_agrees"])}"""
+merged into dense weights the adapter takes the same first action on \
+{interval(report["merged_agrees"])}"""
 
 
 def internalised(report: dict) -> str:

@@ -28,6 +28,8 @@ Departures from the paper, each with its reason:
   * x is the bare problem also where the open turn of p frames it, since that is what arrives once p
     is gone; the authors' student still reads the frame of the OS prompt;
   * the worked examples that the environment reads are closed by [END], to show it when that is due;
+  * --pg-share below 1 computes L_PG on a random part of each batch only, the same on average for
+    less; the default is all of it, as in the paper, save for the embedded model;
   * the gradient is clipped at norm 1 everywhere, in the authors' code at 0.5 for the web tasks;
   * a conversation that ends with a final action ends even if the environment forgets to say [END];
   * every step seeds its own dropout, so that an interrupted run ends with the same bits as an
@@ -82,8 +84,8 @@ from train import (
 
 # The embedded model is 4,000 times smaller than the paper's: a higher rate, and less of all else.
 EMBEDDED = {
-    "samples": 192, "held_out": 50, "epochs": 4, "batch": 8, "lr": 3e-3, "max_new_tokens": 128,
-    "max_reason_tokens": 400,
+    "samples": 192, "held_out": 50, "epochs": 4, "batch": 8, "lr": 3e-3, "pg_share": 1 / 8,
+    "max_new_tokens": 128, "max_reason_tokens": 400,
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- the run

@@ -1,7 +1,9 @@
 """The measures of the report, by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from evaluate import (
     closed_loop,
     closed_loop_agreement,
     gap_closed,
+    held_out_records,
     internalised,
     line_nll,
     matched_ratio,
@@ -68,6 +71,15 @@ def test_the_report_says_where_there_is_no_answer():
     """Without a gap or without room for the question the page says so."""
     page = internalised({"gap_closed": None, "recall": None})
     assert "does not help" in page and "does not fit the context" in page
+
+
+def test_only_held_out_records_that_fit_are_measured():
+    """The last records are held out; one that overfills the context is not measured."""
+    run = SimpleNamespace(folder="runs/x", samples=2, held_out=2)
+    records = [Record(i, f"x{i}", ["a"], overlong=i == 3) for i in range(4)]
+    assert held_out_records(run, records) == [records[2]]
+    with pytest.raises(ValueError, match="no held-out record fits"):
+        held_out_records(run, [replace(record, overlong=True) for record in records])
 
 
 def nll_by_hand(model, sequence: Sequence) -> list[float]:

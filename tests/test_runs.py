@@ -1,8 +1,24 @@
 """The run folder's files: what is written is read back, and no crash or link leaves half a file."""
 
+from dataclasses import fields
+from types import SimpleNamespace
+
 import pytest
 
-from runs import Record, append_record, read_records, replacing, split_records, write_text
+from runs import (
+    Record,
+    Run,
+    append_record,
+    hash_seed,
+    load_records,
+    load_run,
+    read_records,
+    replacing,
+    split_records,
+    write_json,
+    write_rows,
+    write_text,
+)
 
 # --------------------------------------------------------------------------------------- records
 
@@ -94,3 +110,34 @@ def test_a_link_beside_is_not_followed(path, tmp_path, hard):
     assert target.read_text() == "not yours"
     assert path.read_text() == "new" and not path.is_symlink()
     assert list(path.parent.iterdir()) == [path]
+
+
+# -------------------------------------------------------------------------------- seeds and runs
+
+
+def test_a_seed_depends_on_each_part():
+    """Parts that spell the same together are not the same, and nothing else counts."""
+    assert hash_seed(1, 11) != hash_seed(11, 1)
+    assert hash_seed(5, "reason", 2) == hash_seed(5, "reason", 2) != hash_seed(5, "inputs", 2)
+
+
+def test_a_run_costs_all_that_was_waited_for(tmp_path):
+    """Synthesis takes the seconds of the inputs and of each record, training those of each step."""
+    (tmp_path / "inputs.json").write_text('{"seconds": 2.0, "inputs": ["x", "y"]}')
+    for index, seconds in enumerate((3.0, 4.0)):
+        append_record(tmp_path / "data.jsonl", Record(index, "x", ["a"], seconds=seconds))
+    rows = [{"step": step, "seconds": 10.0} for step in (1, 2)]
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    _, seconds = load_records(SimpleNamespace(folder=tmp_path))
+    assert seconds == {"synth": 9.0, "train": 20.0}
+
+
+def test_a_run_keeps_its_own_environment_and_turn_limit(tmp_path):
+    """What the flags said goes before what the task says."""
+    flags = dict.fromkeys(field.name for field in fields(Run))
+    flags |= {"task": "os", "environment": "my shell", "max_turns": 3}
+    write_json(tmp_path / "args.json", flags)
+    (tmp_path / "prompt.txt").write_text("Rules.")
+    run = load_run(tmp_path, "cpu")
+    assert (run.task.name, run.task.environment, run.task.max_turns) == ("os", "my shell", 3)
+    assert run.prompt.text == "Rules."

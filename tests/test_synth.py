@@ -20,6 +20,7 @@ from synth import (
     parse_list,
     pseudo_inputs,
     quality,
+    reasons,
     role_play,
     synthesise,
     synthesise_wave,
@@ -379,6 +380,25 @@ def test_a_reason_that_reached_its_limit_is_marked():
     list(synthesise_wave(speaker(), speaker(limit=20), plan_of(max_turns=2), wave))
     assert [record.cut_reason for record in wave] == [False, True]
     assert quality(wave, OS)["cut_reason"] == 0.5 and wave[1].reason == "because " + "y" * 12
+
+
+def test_a_reason_is_drawn_from_a_seed_of_its_own():
+    """The seed depends on the run's seed and the record, not on what else is in the wave."""
+
+    class Seeds(Script):
+        def speak(self, conversations, sampling, seeds=None):
+            self.seeds = seeds
+            return super().speak(conversations, sampling, seeds)
+
+    def seeds(indices, seed):
+        generator = Seeds(agent=None, environment=None)
+        wave = [Record(i, f"x{i}", ["Act: finish"]) for i in indices]
+        list(reasons(generator, plan_of(seed=seed), wave))
+        return generator.seeds
+
+    three = seeds([0, 1, 2], seed=5)
+    assert len(set(three)) == 3 and seeds([1], seed=5) == three[1:2]
+    assert not set(three) & set(seeds([0, 1, 2], seed=6))
 
 
 def test_reasons_and_turns_have_limits_of_their_own():

@@ -176,6 +176,32 @@ def test_an_epoch_shows_every_sample_once():
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+def test_the_last_batch_may_be_short(tmp_path, monkeypatch):
+    """Five samples in batches of two are three steps: none is left out."""
+    sizes = []
+
+    def note_sizes(model, optimizer, sft, pg, recipe, drawn):
+        sizes.append((len(sft), len(pg)))
+        return 0.0, 0.0, 0.0
+
+    monkeypatch.setattr(room, "train_step", note_sizes)
+    train(small_model(), *sequences(5), replace(RECIPE, epochs=1), tmp_path)
+    assert sizes == [(2, 2), (2, 2), (1, 1)]
+
+
+def test_every_step_drops_other_numbers(tmp_path, monkeypatch):
+    """What a step draws for its dropout no other step of the run draws."""
+    draws = []
+
+    def note_draw(*args):
+        draws.append(torch.rand(1).item())
+        return 0.0, 0.0, 0.0
+
+    monkeypatch.setattr(room, "train_step", note_draw)
+    train(small_model(), *sequences(4), RECIPE, tmp_path)
+    assert len(set(draws)) == len(draws) == 8
+
+
 def trained(out, stop_at=None, monkeypatch=None):
     """Train a small model with dropout in `out`; stop_at: pull the plug after that step."""
     torch.manual_seed(0)
