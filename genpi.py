@@ -427,7 +427,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser.set_defaults(model_path=None)
     args = parser.parse_args(argv)
     opened = args.chat or isinstance(args.show, Path)  # that run knows its model and device
-    if not args.model and not opened:
+    if args.model is None and not opened:
         parser.set_defaults(model="tiny", model_path="tiny", **EMBEDDED)
         args = parser.parse_args(argv)
     args.task = args.task or (args.prompt.stem if args.prompt.stem in TASKS else "any")

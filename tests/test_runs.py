@@ -1,23 +1,23 @@
-"""The run folder's files: what is written is read back, and no crash or link leaves half a file."""
+"""The run folder: its records, whether its files belong together, and who may work in it."""
 
-from dataclasses import fields
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
+from files import write_json, write_rows
 from runs import (
+    FLAGS,
+    Inputs,
     Record,
-    Run,
+    Step,
     append_record,
     hash_seed,
     load_records,
     load_run,
     read_records,
-    replacing,
     split_records,
-    write_json,
-    write_rows,
-    write_text,
+    text_hash,
 )
 
 # --------------------------------------------------------------------------------------- records
@@ -69,49 +69,6 @@ def test_split_takes_what_is_asked_and_the_last_are_held_out(there, samples, hel
     assert held == records[-len(held) :]
 
 
-# --------------------------------------------------------------------------------- replaced files
-
-
-@pytest.fixture
-def path(tmp_path):
-    """A file with old content, alone in its folder."""
-    path = tmp_path / "run" / "file.txt"
-    path.parent.mkdir()
-    path.write_text("old")
-    return path
-
-
-def test_a_file_is_replaced_at_once(path):
-    """Until the block has ended the old file is there, afterwards the new one, alone."""
-    with replacing(path) as beside:
-        beside.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_an_error_leaves_the_old_file_whole(path, error):
-    """A write that fails half-way, or is interrupted, changes nothing and leaves nothing beside."""
-    with pytest.raises(error):
-        with replacing(path) as beside:
-            beside.write_text("ne")
-            raise error
-    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("hard", [False, True], ids=["symbolic", "hard"])
-def test_a_link_beside_is_not_followed(path, tmp_path, hard):
-    """Where NAME.new is a link, its target keeps its content, and the new file is no link."""
-    target = tmp_path / "target.txt"
-    target.write_text("not yours")
-    beside = path.with_name("file.txt.new")
-    beside.hardlink_to(target) if hard else beside.symlink_to(target)
-    write_text(path, "new")
-    assert target.read_text() == "not yours"
-    assert path.read_text() == "new" and not path.is_symlink()
-    assert list(path.parent.iterdir()) == [path]
-
-
 # -------------------------------------------------------------------------------- seeds and runs
 
 
@@ -123,10 +80,10 @@ def test_a_seed_depends_on_each_part():
 
 def test_a_run_costs_all_that_was_waited_for(tmp_path):
     """Synthesis takes the seconds of the inputs and of each record, training those of each step."""
-    (tmp_path / "inputs.json").write_text('{"seconds": 2.0, "inputs": ["x", "y"]}')
+    write_json(tmp_path / "inputs.json", asdict(Inputs(1, 0, 2.0, ["x", "x"])))
     for index, seconds in enumerate((3.0, 4.0)):
         append_record(tmp_path / "data.jsonl", Record(index, "x", ["a"], seconds=seconds))
-    rows = [{"step": step, "seconds": 10.0} for step in (1, 2)]
+    rows = [asdict(Step(step, 1.0, 1.0, 1.0, 1e-3, 9, 10.0)) for step in (1, 2)]
     write_rows(tmp_path / "metrics.jsonl", rows)
     _, seconds = load_records(SimpleNamespace(folder=tmp_path))
     assert seconds == {"synth": 9.0, "train": 20.0}
@@ -134,7 +91,7 @@ def test_a_run_costs_all_that_was_waited_for(tmp_path):
 
 def test_a_run_keeps_its_own_environment_and_turn_limit(tmp_path):
     """What the flags said goes before what the task says."""
-    flags = dict.fromkeys(field.name for field in fields(Run))
+    flags = {name: kind(1) for name, kind in FLAGS.items()} | {"prompt_sha256": text_hash("Rules.")}
     flags |= {"task": "os", "environment": "my shell", "max_turns": 3}
     write_json(tmp_path / "args.json", flags)
     (tmp_path / "prompt.txt").write_text("Rules.")
