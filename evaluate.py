@@ -23,7 +23,6 @@ weights: the adapter is switched on and off.
 Left out: a judge model; the measures are those that need nobody's opinion.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -42,6 +41,7 @@ import picture
 import runs
 from chat import Chat
 from files import UNSEEN, write_json, write_text
+from flags import WHOLE, Flags, device_flag
 from model import Llama
 from prompt import Prompt, Task, conversation, student_messages
 from runs import Record, Run
@@ -214,7 +214,7 @@ def held_out_records(run: Run, records: list[Record]) -> list[Record]:
     _, held_out = runs.split_records(records, run.samples, run.held_out)
     held_out = [record for record in held_out if not record.overlong]
     if not held_out:
-        told = "no held-out record fits the context; make more with --held-out"
+        told = "no held-out conversation fits the context; lower --max-turns, with another --out"
         raise ValueError(f"{run.folder}: {told}")
     return held_out
 
@@ -403,22 +403,27 @@ def write_merged(folder: Path, target: Path, device: str | None, model: str | No
     print(f"{target}: {run.model} with the adapter of {folder} folded in")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Report on a finished run.")
-    parser.add_argument("--run", type=Path, required=True, help="run folder of genpi.py")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the run's own")
-    parser.add_argument("--model", help="where the base model is now; by default where it was")
-    parser.add_argument("--against", type=Path, metavar="RUN", help="compare with this run instead")
-    parser.add_argument(
-        "--users", type=int, default=costs.USERS, help="requests in flight at a time"
-    )
-    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="write model + adapter there")
+def command(argv: list[str] | None) -> None:
+    """Report on a run, compare two, or write one as a plain checkpoint."""
+    parser = Flags(prog="evaluate.py", description="Report on a finished run.")
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run folder of genpi.py")
+    add("--device", type=device_flag, choices=("cpu", "cuda"), help="by default the run's own")
+    add("--model", help="folder or Hub id of the base model, if it is no more where it was")
+    add("--against", type=Path, metavar="RUN", help="compare with this run instead")
+    add("--users", type=WHOLE, default=costs.USERS, help="requests in flight at a time")
+    add("--merge", type=Path, metavar="FOLDER", help="write model + adapter there instead")
     args = parser.parse_args(argv)
     if args.merge:
-        return runs.exit_code(write_merged, args.run, args.merge, args.device, args.model)
-    if args.against:
-        return runs.exit_code(compare, args.run, args.against, args.device, args.model)
-    return runs.exit_code(report, args.run, None, args.device, args.users, args.model)
+        write_merged(args.run, args.merge, args.device, args.model)
+    elif args.against:
+        compare(args.run, args.against, args.device, args.model)
+    else:
+        report(args.run, None, args.device, args.users, args.model)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return runs.exit_code(command, argv)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,7 @@ Left out: configuration files, sweeps; one command is one adapter. Source: arXiv
 
 import argparse
 import json
-import math
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -61,7 +59,8 @@ import runs
 from chat import Chat
 from checkpoint import find_folder, fingerprint
 from evaluate import report
-from files import read_json, read_text
+from files import UNSEEN, read_json, read_text
+from flags import SHARE, WHOLE, Flags, device_flag, generator_flag, number, utf8
 from loss import joint_loss as joint_loss
 from loss import token_nll as token_nll
 from model import Llama, load_model, read_shape
@@ -198,7 +197,8 @@ def announce(args, chat: Chat, prompt: Prompt) -> None:
     print(f"{args.prompt}: {tokens} tokens, task {args.task}; model {args.model}; run {args.out}")
     if args.generator:
         writer = f"{args.generator_model} at " if args.generator_model else ""
-        print(f"pseudo inputs and reasons are written by {writer}{args.generator}")
+        told = f"pseudo inputs and reasons are written by {writer}{args.generator}"
+        print(told.translate(UNSEEN))  # a server says what its model is called
     if args.model_path == "tiny":
         alone = "" if args.task == "os" else " and nothing else: expect no sense of this prompt"
         print(
@@ -296,59 +296,6 @@ def dry_run(args) -> None:
 
 
 # ------------------------------------------------------------------------------------------ flags
-
-
-class Flags(argparse.ArgumentParser):
-    """A parser whose complaints are one line like all others."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message.removeprefix('argument ')}; see --help")
-
-
-def number(kind: type, low: float, high: float = math.inf):
-    """The argparse type of numbers from `low` to `high`, both included."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {limits}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-WHOLE = number(int, 1)
-SHARE = number(float, 0, 1)
-
-
-def utf8(text: str) -> str:
-    """The argparse type of texts: bytes that are none arrive as lone surrogates."""
-    text.encode()
-    return text
-
-
-def device_flag(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        cure = "use --device cpu or install a CUDA build of torch"
-        raise argparse.ArgumentTypeError(f"PyTorch sees no CUDA device for --device cuda; {cure}")
-    return name
-
-
-# host, port and path: a password or a query would be printed, and saved with the run
-HOST = r"[\w-]+(?:\.[\w-]+)*|\[[\da-f:]+\]"
-URL = re.compile(rf"https?://(?:{HOST})(?::(\d{{1,5}}))?(?:/[\w.~-]+)+/?", re.ASCII)
-
-
-def generator_flag(name: str) -> str:
-    """The argparse type of --generator: a folder, a Hub id, or the URL of a server."""
-    found = URL.fullmatch(utf8(name))
-    if "://" in name and not (found and 0 < int(found[1] or 80) < 2**16):
-        shown = "(not shown)" if set(name) & set("@?#") else name
-        cure = "give one like http://localhost:8000/v1, and a key as OPENAI_API_KEY"
-        raise argparse.ArgumentTypeError(f"{shown}: not the URL of a server; {cure}")
-    return name
 
 
 # fmt: off

@@ -345,7 +345,8 @@ def load_run(folder: Path, device: str | None = None, model: str | None = None) 
         raise ValueError(f"{path}: no task is called {args['task']}; {ANEW}")
     if zero := [name for name, kind in FLAGS.items() if kind is int and args[name] == 0]:
         raise ValueError(f"{path}: {zero[0]} = 0 is too little; {ANEW}")
-    args["device"] = choose_device(device, args["device"])
+    here = "cuda" if torch.cuda.is_available() and args["device"] == "cuda" else "cpu"
+    args["device"] = device or here
     if model:
         args["model_path"] = str(find_folder(model, download=False).resolve())
     prompt = read_prompt(folder, args["prompt_sha256"])
@@ -353,15 +354,6 @@ def load_run(folder: Path, device: str | None = None, model: str | None = None) 
     args["task"] = replace(TASKS[args["task"]], **said)
     of_run = {name: args[name] for name in kinds(Run) if name in FLAGS}
     return Run(folder, prompt, **of_run)
-
-
-def choose_device(asked: str | None, before: str) -> str:
-    """The device that was asked for, or else that of the run, or the CPU where it is not there."""
-    there = torch.cuda.is_available()
-    if asked == "cuda" and not there:
-        cure = "use --device cpu or install a CUDA build of torch"
-        raise ValueError(f"PyTorch sees no CUDA device for --device cuda; {cure}")
-    return asked or ("cuda" if there and before == "cuda" else "cpu")
 
 
 def read_prompt(folder: Path, sha256: str) -> Prompt:

@@ -83,25 +83,27 @@ def training_sequences(
     """
     sft = []
     pg = []
-    longest = 0
-    for record in records:
-        if record.overlong or (record.no_reason and lam < 1):
-            continue
+    whole = [record for record in records if not record.overlong]
+    for record in whole:
         pair = sft_sequence(chat, record), pg_sequence(chat, prompt, record)
-        tokens = max(len(s.ids) for s in (pair if lam < 1 else pair[:1]))
-        longest = max(longest, tokens)
-        if tokens <= chat.context:
+        fits = [len(sequence.ids) <= chat.context for sequence in pair]
+        if fits[0] and (lam == 1 or fits[1] and not record.no_reason):
             sft.append(pair[0])
             pg.append(pair[1])
     limit = f"the context of {chat.context} tokens"
     if not sft:
-        raise ValueError(
-            f"no record fits {limit} (the longest takes {longest}); "
-            "shorten the prompt, lower --max-turns, or drop prompt generation with --lam 1"
-        )
+        alone = any(len(sft_sequence(chat, record).ids) <= chat.context for record in whole)
+        raise ValueError(f"no record fits {limit}: {why_none_fits(alone, lam)}, with another --out")
     if len(sft) < len(records):
         print(f"left out: {len(records) - len(sft)} of {len(records)} records do not fit {limit}")
     return sft, pg
+
+
+def why_none_fits(alone: bool, lam: float) -> str:
+    """The cause and the cure where no record fits. alone: would one fit with SFT alone?"""
+    if alone and lam < 1:
+        return "prompt and reason are too long to be written; shorten the prompt, or take --lam 1"
+    return "the conversations are too long; lower --max-turns or --max-new-tokens"
 
 
 # ----------------------------------------------------------------------------------------- a step
