@@ -19,8 +19,8 @@ Departures from the paper, each with its reason:
   * a target is never cut: the authors' code stops L_PG at 512 tokens, which loses most of a long p
     and all of r. A record that does not fit the context is left out and counted, and a text that
     reached its limit of tokens is taught without an end of turn;
-  * the demonstrations are ours, or --demos (the paper takes five of the validation set); a prompt
-    that has none is shown the inputs found so far (Self-Instruct);
+  * the demonstrations are ours (demos/), or --demos (the paper takes five of the validation set); a
+    prompt that has none is shown the inputs found so far (Self-Instruct);
   * inputs and reasons are written by the model itself, unless --generator names a larger one (the
     paper takes one of 70B): one command must run with one model;
   * the conversations that SFT trains on have a system message ("You are a helpful assistant."),
