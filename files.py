@@ -59,6 +59,8 @@ def fits(value: object, kind: type) -> bool:
     if kind is int or kind is float:
         whole = type(value) is int  # a bool is none
         return (whole or kind is type(value)) and 0 <= value < 2**53
+    if kind is str:  # half a surrogate pair, which JSON can spell, is no text
+        return isinstance(value, str) and value == value.encode(errors="replace").decode()
     return isinstance(value, kind)
 
 

@@ -149,8 +149,11 @@ def read_records(path: Path, mend: bool = True) -> list[Record]:
 
 
 def check_inputs_of(records: list[Record], inputs: list[str], folder: Path) -> None:
-    """Raise ValueError for a record that is not of the pseudo input with its index."""
+    """Raise ValueError for a record that is not of the pseudo input with its index, or is empty."""
     for record in records:
+        if not record.turns and not record.overlong:
+            told = f"record {record.index} of {folder / 'data.jsonl'} has no turn"
+            raise ValueError(f"{told}; delete its line, and genpi.py makes it again")
         if record.pseudo_input not in inputs[record.index : record.index + 1]:
             told = f"record {record.index} of {folder / 'data.jsonl'} is of another pseudo input"
             cure = "put back the one that was changed, or delete data.jsonl"
@@ -376,8 +379,10 @@ def exit_code(work: Callable, *args) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a ?
     try:
-        work(*args)
-        sys.stdout.flush()
+        try:
+            work(*args)
+        finally:
+            sys.stdout.flush()  # where a closed pipe is known, and not as Python ends
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)

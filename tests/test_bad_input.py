@@ -272,10 +272,12 @@ def test_the_demonstrations_of_a_task_need_no_flag(run, out):
     assert genpi.read_demos(genpi.parse_flags(["--task", "any"])) == ()
 
 
-def test_cuda_asked_for_and_absent(run, monkeypatch):
+def test_cuda_asked_for_and_absent(run, again, monkeypatch):
     """--device cuda without a CUDA device says which device there is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    complaint(run("--device", "cuda"), "--device cuda", "no CUDA device", "--device cpu")
+    words = ["--device cuda", "no CUDA device", "--device cpu"]
+    complaint(run("--device", "cuda"), *words)
+    complaint(run("--run", again, "--device", "cuda", main=evaluate.main), *words)
 
 
 def test_a_run_folder_made_with_other_flags(run, again, tmp_path):
@@ -733,7 +735,7 @@ def test_chat_reads_a_message_of_several_lines(again, monkeypatch):
         return "ok"
 
     monkeypatch.setattr(talk, "say_aloud", reply)
-    said = iter(['"""', "The output is:", "", "  7  ", '"""  ', "/etc is full.", "/quit"])
+    said = iter(['"""', "The output is:", "", "  7  ", '"""  ', "/etc is full.", "//quit", "/quit"])
     monkeypatch.setattr("builtins.input", lambda ask: next(said))
     talk.talk(again, "cpu")
-    assert heard == ["The output is:\n\n  7", "/etc is full."]
+    assert heard == ["The output is:\n\n  7", "/etc is full.", "/quit"]

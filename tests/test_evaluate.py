@@ -79,7 +79,7 @@ def test_only_held_out_records_that_fit_are_measured():
     run = SimpleNamespace(folder="runs/x", samples=2, held_out=2)
     records = [Record(i, f"x{i}", ["a"], overlong=i == 3) for i in range(4)]
     assert held_out_records(run, records) == [records[2]]
-    with pytest.raises(ValueError, match="no held-out record fits"):
+    with pytest.raises(ValueError, match="no held-out conversation fits"):
         held_out_records(run, [replace(record, overlong=True) for record in records])
 
 
