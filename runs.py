@@ -57,10 +57,10 @@ NOT_COMPARED = {  # they change no experiment, or (on a GPU) only its rounding a
     "out", "chat", "show", "record", "dry_run", "records", "concurrency", "timeout", "device",
     "slots", "micro_tokens", "checkpointing", "save_every",
 }  # fmt: skip
-MADE_OF = {  # what the records of a run depend on, so that another run may train on them
+MADE_OF = (  # what the records of a run depend on, so that another run may train on them
     "prompt_sha256", "task", "environment", "max_turns", "demos_sha256", "model_sha256",
     "chat_format",
-}  # fmt: skip
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------- records
 
@@ -258,7 +258,8 @@ def read_made(folder: Path, flags: dict) -> dict[str, str]:
     """The files of a run's records, by name. Raises ValueError if they are not made of `flags`."""
     before = read_json(folder / "args.json", "give the --out of an earlier run as --records")
     if changed := told_apart(MADE_OF, flags, before):
-        raise ValueError(f"the records of {folder} are of another run: {', '.join(changed)}")
+        told = f"the records of {folder} are of another run: {', '.join(changed)}"
+        raise ValueError(f"{told}; give its flags, or no --records")
     inputs = read_inputs(folder / "inputs.json").inputs
     check_inputs_of(read_records(folder / "data.jsonl", mend=False), inputs, folder)
     names = [name for name in ("data.jsonl", "inputs.json") if (folder / name).exists()]
