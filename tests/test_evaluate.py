@@ -13,6 +13,7 @@ import lora
 from chat import Chat
 from evaluate import (
     agreement_by_turn,
+    agrees,
     asked_turns,
     closed_loop,
     closed_loop_agreement,
@@ -154,6 +155,12 @@ class Actor:
         for number, messages in enumerate(conversations):
             self.asked.append((self.model[0].enabled, messages))
             yield number, self.words(*self.asked[-1]), True
+
+
+def test_first_replies_are_held_against_the_teacher():
+    """What the teacher does agrees, what the student says does not."""
+    records = [Record(0, "x", ["Act: answer(7)"], "Use ls.")] * 2
+    assert agrees(TASKS["os"], ["Act: answer(7)", "Use ls."], records) == [True, False]
 
 
 def counted(row):
