@@ -27,7 +27,7 @@ from evaluate import (
 )
 from loss import IGNORE, Sequence, pg_sequence, teacher_sequence, token_nll
 from model import Config, Llama
-from prompt import TASKS, parse_prompt
+from prompt import TASKS, parse_prompt, student_messages
 from runs import Record, Run
 from sampler import Voice
 
@@ -208,7 +208,7 @@ def test_in_the_closed_loop_the_base_plays_the_environment():
     (played,) = closed_loop(actor, run, [Record(3, "Count the files.")])
     assert played.turns[1:3] == ["off: 8", "Act: answer(off: 8)"]
     assert all(on or m[0]["content"].startswith("You play") for on, m in actor.asked)
-    assert actor.asked[0][1][-1]["content"] == "Count the files."
+    assert actor.asked[0] == (True, student_messages("Count the files."))
 
 
 def test_conversations_agree_if_every_action_does():
