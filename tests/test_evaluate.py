@@ -17,6 +17,7 @@ from evaluate import (
     asked_turns,
     closed_loop,
     closed_loop_agreement,
+    first_replies,
     gap_closed,
     held_out_records,
     internalised,
@@ -29,7 +30,7 @@ from loss import IGNORE, Sequence, pg_sequence, teacher_sequence, token_nll
 from model import Config, Llama
 from prompt import TASKS, parse_prompt, student_messages
 from runs import Record, Run
-from sampler import Voice
+from sampler import Sampling, Voice
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 CHAT = Chat(TINY, 2048)
@@ -147,14 +148,24 @@ class Actor:
         self.words = words
         self.model = torch.nn.Sequential(lora.LoRALinear(torch.nn.Linear(2, 2), 1, 1, 0))
         self.asked = []
+        self.samplings = set()
 
     def fits(self, messages, new_tokens):
         return True
 
     def speak(self, conversations, sampling, seeds=None):
+        self.samplings.add(sampling)
         for number, messages in enumerate(conversations):
             self.asked.append((self.model[0].enabled, messages))
             yield number, self.words(*self.asked[-1]), True
+
+
+def test_first_replies_are_greedy_and_without_the_prompt():
+    """Each input is asked as the student is, once, at temperature 0."""
+    actor = Actor(lambda on, said: said[-1]["content"].upper())
+    assert first_replies(actor, [Record(0, "a"), Record(1, "b")], 64) == ["A", "B"]
+    assert actor.asked == [(True, student_messages("a")), (True, student_messages("b"))]
+    assert actor.samplings == {Sampling(64)}
 
 
 def test_first_replies_are_held_against_the_teacher():
