@@ -1,22 +1,25 @@
-"""The files of a checkpoint: found on the disk or downloaded, and checked before they are used.
+"""The files of a checkpoint: found on the disk or downloaded, told apart, checked before use.
 
 A checkpoint is a folder as Hugging Face's Hub keeps it: config.json, tokenizer.json with some small
 files beside it, and *.safetensors. Each fault is one ValueError that names file or field, value,
 limit or cure. Left out: weights of any other kind (a pickle can run code), other model families.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
-from runs import read_json
+from files import read_json
 
 CURE = "download it again"
 FILES = (
@@ -26,10 +29,11 @@ FILES = (
 IGNORED = ["*/*", "consolidated*"]  # the same weights once more, in another layout
 
 
-def find_folder(path_or_id: str) -> Path:
+def find_folder(path_or_id: str, download: bool = True) -> Path:
     """The folder of a checkpoint; a Hub id is downloaded into Hugging Face's cache first.
 
-    Raises: ValueError, with the cure, for what is neither or cannot be downloaded.
+    download: False takes what is in the cache. Raises: ValueError, with the cure, for what is
+    neither or cannot be had.
     """
     folder = Path(os.path.expanduser(path_or_id))
     if path_or_id and folder.is_dir():
@@ -38,13 +42,16 @@ def find_folder(path_or_id: str) -> Path:
     if not owner_name or "--" in path_or_id or ".." in path_or_id:
         raise ValueError(f"{path_or_id}: no such folder, and no Hub id, which is owner/name")
     try:
-        return Path(snapshot_download(path_or_id, allow_patterns=FILES, ignore_patterns=IGNORED))
+        which = {"allow_patterns": FILES, "ignore_patterns": IGNORED}
+        return Path(snapshot_download(path_or_id, local_files_only=not download, **which))
     except GatedRepoError:
         cure = "accept its licence on huggingface.co, then `hf auth login` or set HF_TOKEN"
     except RepositoryNotFoundError:
         cure = "check the name on huggingface.co; if private, `hf auth login` or set HF_TOKEN"
     except Exception as error:  # its text may hold a token or signed address, its type says enough
         cure = f"{type(error).__name__}, check the network or pass a local checkpoint folder"
+    if not download:
+        cure = "nothing is here, and a run folder starts no download; pass the folder of its model"
     raise ValueError(f"{path_or_id}: no folder here, and not downloaded: {cure}")
 
 
@@ -64,6 +71,57 @@ def read_settings(folder: Path) -> dict:
     if isinstance(template, list):  # several with names
         template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
     return settings | {"chat_template": template}
+
+
+# ------------------------------------------------------------------------------------ fingerprint
+
+WHOLE = 2**28  # bytes of a weight file that is hashed whole, in under a second
+PIECES = 16  # of each tensor in a larger one
+PIECE = 4096  # bytes
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that tells checkpoints apart: settings, chat template and weights.
+
+    Of a weight file above WHOLE bytes its header and PIECES pieces spread over every tensor are
+    read. What escapes is a change that lies between the pieces, such as a few numbers of a large
+    tensor; whatever training, merging or damage of a whole page does is seen.
+    """
+    digest = hashlib.sha256()
+    for pattern in ("*.json", "*.jinja", "*.safetensors"):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(f"{path.name} {path.stat().st_size} ".encode() + hash_file(path))
+    return digest.hexdigest()[:16]
+
+
+def hash_file(path: Path) -> bytes:
+    """The hash of a file, or of a large weight file's sample."""
+    with path.open("rb") as file:
+        if path.suffix != ".safetensors" or path.stat().st_size <= WHOLE:
+            return hashlib.file_digest(file, "sha256").digest()
+        digest = hashlib.sha256()
+        for start, length in list(pieces(file)):
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.digest()
+
+
+def pieces(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Yield (offset, bytes) of the header of a safetensors file, and of a sample of each tensor.
+
+    Raises: ValueError if the header is damaged.
+    """
+    first = 8 + int.from_bytes(file.read(8), "little")  # byte of the first tensor
+    yield 0, min(first, 10**8)
+    file.seek(8)
+    try:
+        header = json.loads(file.read(min(first - 8, 10**8)))
+        ends = [each["data_offsets"] for name, each in header.items() if name != "__metadata__"]
+        for start, end in ends:
+            step = max(PIECE, (end - start - PIECE) // (PIECES - 1))
+            yield from ((first + at, min(PIECE, end - at)) for at in range(start, end, step))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{file.name}: damaged header; download it again") from None
 
 
 # --------------------------------------------------------------------------------- tokenizer.json
@@ -187,9 +245,7 @@ def weight_files(folder: Path) -> list[Path]:
     names = ["model.safetensors"]
     why = "the only kind read"
     if index.is_file():
-        file_of = read_json(index, CURE, ("weight_map",))["weight_map"]  # by name of tensor
-        if not isinstance(file_of, dict):
-            raise ValueError(f"{index}: weight_map = {file_of}, an object is needed; {CURE}")
+        file_of = read_json(index, CURE, {"weight_map": dict})["weight_map"]  # by name of tensor
         names = sorted({str(name) for name in file_of.values()})
         why = f"which {index.name} names"
     for name in names:

@@ -23,7 +23,6 @@ weights: the adapter is switched on and off.
 Left out: a judge model; the measures are those that need nobody's opinion.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -41,7 +40,8 @@ import loss
 import picture
 import runs
 from chat import Chat
-from checkpoint import find_folder
+from files import UNSEEN, write_json, write_text
+from flags import WHOLE, Flags, device_flag
 from model import Llama
 from prompt import Prompt, Task, conversation, student_messages
 from runs import Record, Run
@@ -214,7 +214,7 @@ def held_out_records(run: Run, records: list[Record]) -> list[Record]:
     _, held_out = runs.split_records(records, run.samples, run.held_out)
     held_out = [record for record in held_out if not record.overlong]
     if not held_out:
-        told = "no held-out record fits the context; make more with --held-out"
+        told = "no held-out conversation fits the context; lower --max-turns, with another --out"
         raise ValueError(f"{run.folder}: {told}")
     return held_out
 
@@ -322,16 +322,20 @@ def report(
     loaded: tuple[Llama, Chat] | None,
     device: str | None = None,
     users: int = costs.USERS,
+    model: str | None = None,
 ) -> None:
-    """Make the report of a finished run, write it into its folder and print it."""
-    run = runs.load_run(folder, device)
+    """Make the report of a finished run, write it into its folder and print it.
+
+    model: where the base of the run is now.
+    """
+    run = runs.load_run(folder, device, model)
     found = measure(run, loaded, users)
-    page = markdown(found, folder.name)
+    page = markdown(found, folder.name).translate(UNSEEN)
     try:
-        runs.write_json(folder / "report.json", found)
-        runs.write_text(folder / "report.md", page)
+        write_json(folder / "report.json", found)
+        write_text(folder / "report.md", page)
         rows = runs.read_metrics(folder / "metrics.jsonl")
-        runs.write_text(folder / "report.svg", picture.draw(found, rows, folder.name))
+        write_text(folder / "report.svg", picture.draw(found, rows, folder.name).translate(UNSEEN))
     except OSError as error:
         raise ValueError(f"{folder}: {error}; free some space and run it again") from None
     print(f"\n{page}")
@@ -340,17 +344,17 @@ def report(
 # ------------------------------------------------------------------------------------ two runs
 
 
-def compare(folder: Path, against: Path, device: str | None) -> None:
+def compare(folder: Path, against: Path, device: str | None, model: str | None) -> None:
     """Print how two adapters differ on the same held-out inputs, a sentence a measure.
 
     Raises: ValueError if the runs do not hold out the same inputs, with the same teacher.
     """
-    runs_of_two = [runs.load_run(folder, device), runs.load_run(against, device)]
+    runs_of_two = [runs.load_run(each, device, model) for each in (folder, against)]
     records = [held_out_records(run, runs.load_records(run)[0]) for run in runs_of_two]
     ours, theirs = ([(record.pseudo_input, record.turns) for record in some] for some in records)
     if ours != theirs:
-        told = "do not hold out the same records; copy inputs.json and data.jsonl from one"
-        raise ValueError(f"{folder} and {against} {told} before training the other")
+        told = "do not hold out the same records"
+        raise ValueError(f"{folder} and {against} {told}; begin one with --records of the other")
     found = [outcomes(run, some) for run, some in zip(runs_of_two, records, strict=True)]
     for measure in found[0]:
         first, second = (each[measure] for each in found)
@@ -389,32 +393,37 @@ def difference(found: dict) -> str:
 # ---------------------------------------------------------------------------------- the command
 
 
-def write_merged(folder: Path, target: Path, device: str | None) -> None:
+def write_merged(folder: Path, target: Path, device: str | None, model: str | None) -> None:
     """Write the base of a run with its adapter folded in, as a plain checkpoint that needs no LoRA.
 
     Raises: ValueError if the target is the base's own folder.
     """
-    run = runs.load_run(folder, device)
-    model, _ = open_model(run)
-    lora.merge(model, target, find_folder(run.model))
+    run = runs.load_run(folder, device, model)
+    lora.merge(open_model(run)[0], target, run.base)
     print(f"{target}: {run.model} with the adapter of {folder} folded in")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Report on a finished run.")
-    parser.add_argument("--run", type=Path, required=True, help="run folder of genpi.py")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default the run's own")
-    parser.add_argument("--against", type=Path, metavar="RUN", help="compare with this run instead")
-    parser.add_argument(
-        "--users", type=int, default=costs.USERS, help="requests in flight at a time"
-    )
-    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="write model + adapter there")
+def command(argv: list[str] | None) -> None:
+    """Report on a run, compare two, or write one as a plain checkpoint."""
+    parser = Flags(prog="evaluate.py", description="Report on a finished run.")
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="run folder of genpi.py")
+    add("--device", type=device_flag, choices=("cpu", "cuda"), help="by default the run's own")
+    add("--model", help="folder or Hub id of the base model, if it is no more where it was")
+    add("--against", type=Path, metavar="RUN", help="compare with this run instead")
+    add("--users", type=WHOLE, default=costs.USERS, help="requests in flight at a time")
+    add("--merge", type=Path, metavar="FOLDER", help="write model + adapter there instead")
     args = parser.parse_args(argv)
     if args.merge:
-        return runs.exit_code(write_merged, args.run, args.merge, args.device)
-    if args.against:
-        return runs.exit_code(compare, args.run, args.against, args.device)
-    return runs.exit_code(report, args.run, None, args.device, args.users)
+        write_merged(args.run, args.merge, args.device, args.model)
+    elif args.against:
+        compare(args.run, args.against, args.device, args.model)
+    else:
+        report(args.run, None, args.device, args.users, args.model)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return runs.exit_code(command, argv)
 
 
 if __name__ == "__main__":

@@ -42,12 +42,10 @@ Left out: configuration files, sweeps; one command is one adapter. Source: arXiv
 
 import argparse
 import json
-import math
 import os
-import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,12 +57,15 @@ import forecast
 import lora
 import runs
 from chat import Chat
-from checkpoint import find_folder
+from checkpoint import find_folder, fingerprint
 from evaluate import report
+from files import UNSEEN, read_json, read_text
+from flags import SHARE, WHOLE, Flags, device_flag, generator_flag, number, utf8
 from loss import joint_loss as joint_loss
 from loss import token_nll as token_nll
 from model import Llama, load_model, read_shape
 from prompt import TASKS, Prompt, Task, parse_demos, parse_prompt
+from runs import HERE
 from sampler import Voice
 from server import Server, connect
 from show import show
@@ -80,7 +81,6 @@ from train import (
     wait_for_team,
 )
 
-HERE = Path(__file__).resolve().parent
 # The embedded model is 4,000 times smaller than the paper's: a higher rate, and less of all else.
 EMBEDDED = {
     "samples": 192, "held_out": 50, "epochs": 4, "batch": 8, "lr": 3e-3, "pg_share": 1 / 8,
@@ -93,36 +93,53 @@ EMBEDDED = {
 def internalise(args) -> None:
     """Synthesise, train, save and report; what is in the run folder is not done again."""
     join_team(args.device)
-    prompt = parse_prompt(runs.read_text(args.prompt, "prompt"), str(args.prompt))
-    model, chat = load_model(args.model, args.device, bits=args.bits)
+    prompt = read_prompt(args)
+    model, chat = load_model(base_folder(args), args.device, bits=args.bits)
     fit_turn(args, chat, prompt)
     lora.check_rank(model, args.rank)
     first = team()[0] == 0
-    if first:
-        make_records(args, prompt, model, chat)
-    wait_for_team()
-    if not (args.out / lora.CONFIG).exists():  # the last file that save_adapter writes
-        train_adapter(args, prompt, model, chat)
+    with made_records(args, prompt, model, chat) if first else nullcontext():
+        wait_for_team()
+        if not (args.out / lora.CONFIG).exists():  # the last file that save_adapter writes
+            train_adapter(args, prompt, model, chat)
+            if first:
+                embedded = args.model_path == "tiny"
+                base = str(base_folder(args)) if embedded else args.model
+                lora.save_adapter(model, args.out, base_model=base)
+        leave_team()
         if first:
-            lora.save_adapter(model, args.out, base_model=args.model)
-    leave_team()
-    if first:
-        report(args.out, (model, chat))
+            report(args.out, (model, chat))
 
 
-def make_records(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
-    """Everything up to the last record of data.jsonl."""
+def read_prompt(args) -> Prompt:
+    return parse_prompt(read_text(args.prompt, "prompt"), str(args.prompt))
+
+
+def base_folder(args) -> Path:
+    """The folder of --model. It is noted in args.model_path, from which the run is opened later;
+    the embedded model by its name, since the clone may move.
+    """
+    if args.model_path is None:
+        folder = find_folder(args.model).resolve()
+        args.model_path = "tiny" if folder == HERE / "tiny" else str(folder)
+    return HERE / args.model_path
+
+
+@contextmanager
+def made_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[None]:
+    """Make everything up to the last record of data.jsonl; the folder is held for the block."""
     task = open_task(args)
     voice = Voice(model, chat, args.slots)
     generator = open_generator(args, voice)
     # all that can be wrong with the flags is known by now
-    runs.open_run(args, prompt, known_of(args, prompt, chat))
-    announce(args, chat, prompt)
-    wanted = args.samples + args.held_out
-    limits = args.max_new_tokens, args.max_reason_tokens
-    plan = Plan(prompt, task, wanted, *limits, args.seed)
-    records = synthesise(voice, generator, plan, args.out)
-    print_quality(quality(records, task))
+    with runs.open_run(args, prompt, known_of(args, prompt, chat)):
+        announce(args, chat, prompt)
+        wanted = args.samples + args.held_out
+        limits = args.max_new_tokens, args.max_reason_tokens
+        plan = Plan(prompt, task, wanted, *limits, args.seed)
+        records = synthesise(voice, generator, plan, args.out)
+        print_quality(quality(records, task))
+        yield
 
 
 def open_task(args) -> Task:
@@ -137,19 +154,19 @@ def read_demos(args) -> tuple[str, ...]:
     if args.task == "any" and not args.demos:
         return ()
     path = args.demos or HERE / "demos" / f"{args.task}.txt"
-    return parse_demos(runs.read_text(path, "demos"))
+    return parse_demos(read_text(path, "demos"))
 
 
 def known_of(args, prompt: Prompt, chat: Chat) -> dict:
     """What tells this run from another better than the names in its flags."""
     known = {
         "prompt_sha256": runs.text_hash(prompt.text),
-        "model_sha256": runs.fingerprint(find_folder(args.model)),
+        "model_sha256": fingerprint(base_folder(args)),
         "chat_format": chat.format,
         "demos_sha256": runs.text_hash(json.dumps(open_task(args).demos)),
     }
     if args.generator and "://" not in args.generator:
-        known["generator_sha256"] = runs.fingerprint(find_folder(args.generator))
+        known["generator_sha256"] = fingerprint(find_folder(args.generator))
     return known
 
 
@@ -163,8 +180,9 @@ def open_generator(args, voice: Voice) -> Voice | Server:
         return voice
     if "://" not in args.generator:
         return Voice(*load_model(args.generator, args.device, bits=args.bits), args.slots)
-    if args.generator_model is None and (args.out / "args.json").exists():
-        args.generator_model = runs.read_json(args.out / "args.json").get("generator_model")
+    path = args.out / "args.json"
+    if args.generator_model is None and path.exists():
+        args.generator_model = read_json(path, runs.ELSEWHERE).get("generator_model")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     url = args.generator.rstrip("/")
     server = Server(url, args.generator_model or "", args.concurrency, args.timeout, key)
@@ -179,8 +197,9 @@ def announce(args, chat: Chat, prompt: Prompt) -> None:
     print(f"{args.prompt}: {tokens} tokens, task {args.task}; model {args.model}; run {args.out}")
     if args.generator:
         writer = f"{args.generator_model} at " if args.generator_model else ""
-        print(f"pseudo inputs and reasons are written by {writer}{args.generator}")
-    if args.model == str(HERE / "tiny"):
+        told = f"pseudo inputs and reasons are written by {writer}{args.generator}"
+        print(told.translate(UNSEEN))  # a server says what its model is called
+    if args.model_path == "tiny":
         alone = "" if args.task == "os" else " and nothing else: expect no sense of this prompt"
         print(
             "The embedded model is a stand-in of 2.1M parameters that knows agents at a Linux shell"
@@ -234,13 +253,13 @@ def show_record(args) -> None:
     If that has none yet, two are made in a folder of their own, which is then deleted.
     """
     if isinstance(args.show, Path):
-        return show(args.show, args.record)
-    prompt = parse_prompt(runs.read_text(args.prompt, "prompt"), str(args.prompt))
-    _, chat = read_shape(find_folder(args.model))
+        return show(args.show, args.record, args.model)
+    prompt = read_prompt(args)
+    _, chat = read_shape(base_folder(args))
     fit_turn(args, chat, prompt)
     if runs.has_records(args, known_of(args, prompt, chat)):
         return show(args.out, args.record)
-    loaded = load_model(args.model, args.device, bits=args.bits)
+    loaded = load_model(base_folder(args), args.device, bits=args.bits)
     with two_records(args, prompt, *loaded) as folder:
         show(folder, args.record)
 
@@ -253,15 +272,16 @@ def two_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[Path
         few.out = Path(scratch) / args.out.resolve().name
         few.samples = 1
         few.held_out = 1
-        with redirect_stdout(sys.stderr):  # what is asked for is alone on stdout
-            make_records(few, prompt, model, chat)
+        # what is asked for is alone on stdout
+        with redirect_stdout(sys.stderr), made_records(few, prompt, model, chat):
+            pass
         yield few.out
 
 
 def dry_run(args) -> None:
     """Print what the run would take; nothing of it is begun."""
-    prompt = parse_prompt(runs.read_text(args.prompt, "prompt"), str(args.prompt))
-    model, chat = load_model(args.model, args.device, bits=args.bits)
+    prompt = read_prompt(args)
+    model, chat = load_model(base_folder(args), args.device, bits=args.bits)
     fit_turn(args, chat, prompt)
     lora.check_rank(model, args.rank)
     with two_records(args, prompt, model, chat) as folder:
@@ -278,59 +298,6 @@ def dry_run(args) -> None:
 # ------------------------------------------------------------------------------------------ flags
 
 
-class Flags(argparse.ArgumentParser):
-    """A parser whose complaints are one line like all others."""
-
-    def error(self, message: str):
-        raise ValueError(f"{message.removeprefix('argument ')}; see --help")
-
-
-def number(kind: type, low: float, high: float = math.inf):
-    """The argparse type of numbers from `low` to `high`, both included."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            limits = f"at least {low}" if high == math.inf else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {limits}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
-    return parse
-
-
-WHOLE = number(int, 1)
-SHARE = number(float, 0, 1)
-
-
-def utf8(text: str) -> str:
-    """The argparse type of texts: bytes that are none arrive as lone surrogates."""
-    text.encode()
-    return text
-
-
-def device_flag(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        cure = "use --device cpu or install a CUDA build of torch"
-        raise argparse.ArgumentTypeError(f"PyTorch sees no CUDA device for --device cuda; {cure}")
-    return name
-
-
-# host, port and path: a password or a query would be printed, and saved with the run
-HOST = r"[\w-]+(?:\.[\w-]+)*|\[[\da-f:]+\]"
-URL = re.compile(rf"https?://(?:{HOST})(?::(\d{{1,5}}))?(?:/[\w.~-]+)+/?", re.ASCII)
-
-
-def generator_flag(name: str) -> str:
-    """The argparse type of --generator: a folder, a Hub id, or the URL of a server."""
-    found = URL.fullmatch(utf8(name))
-    if "://" in name and not (found and 0 < int(found[1] or 80) < 2**16):
-        shown = "(not shown)" if set(name) & set("@?#") else name
-        cure = "give one like http://localhost:8000/v1, and a key as OPENAI_API_KEY"
-        raise argparse.ArgumentTypeError(f"{shown}: not the URL of a server; {cure}")
-    return name
-
-
 # fmt: off
 def build_parser() -> Flags:
     """All flags, each with its limits, and with the paper's values as defaults."""
@@ -345,6 +312,8 @@ def build_parser() -> Flags:
     add("--demos", type=Path, help="file of first user messages as examples: one a line, or "
         "parted by lines of ---, or JSON strings, one a line; None: the task's")
     add("--out", type=Path, help="run folder; None: runs/NAME of the prompt file")
+    add("--records", type=Path, metavar="RUN", help="begin with the pseudo inputs and records of "
+        "this run, which must be of the same prompt, task, demos and model")
     add("--chat", type=Path, metavar="RUN", help="talk to the model of a finished run instead")
     add("--show", type=Path, metavar="RUN", nargs="?", const=True, help="print a record as it is "
         "trained instead: of this run, or else of the run of the other flags")
@@ -402,14 +371,17 @@ def training_flags(parser: Flags) -> None:
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     """Parse the flags; without --model the embedded model's preset gives the defaults."""
     parser = build_parser()
-    if parser.parse_args(argv).model is None:
-        parser.set_defaults(model=str(HERE / "tiny"), **EMBEDDED)
+    parser.set_defaults(model_path=None)
     args = parser.parse_args(argv)
+    opened = args.chat or isinstance(args.show, Path)  # that run knows its model and device
+    if args.model is None and not opened:
+        parser.set_defaults(model="tiny", model_path="tiny", **EMBEDDED)
+        args = parser.parse_args(argv)
     args.task = args.task or (args.prompt.stem if args.prompt.stem in TASKS else "any")
     args.environment = args.environment or TASKS[args.task].environment
     args.max_turns = args.max_turns or TASKS[args.task].max_turns
     args.out = args.out or Path("runs") / args.prompt.stem
-    if not args.chat:  # there the run knows
+    if not opened:
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not args.chat and args.generator_model and "://" not in (args.generator or ""):
         needs = "needs the URL of a server as --generator"
@@ -423,7 +395,7 @@ def command(argv: list[str] | None) -> None:
     """Talk to a run, show a record of one, or make one and report on it."""
     args = parse_flags(argv)
     if args.chat:
-        return talk(args.chat, args.device)
+        return talk(args.chat, args.device, args.model)
     try:
         if args.show:
             show_record(args)
@@ -431,6 +403,8 @@ def command(argv: list[str] | None) -> None:
             dry_run(args)
         else:
             internalise(args)
+    except BrokenPipeError:
+        raise  # nobody reads on: no fault of the folder
     except (OSError, safetensors.SafetensorError) as error:
         told = f"{args.out}: {error}; free some space or choose another --out"
         raise ValueError(told) from None

@@ -34,14 +34,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from files import read_json, replacing, write_json
 from quant import NF4Linear, dequantize_nf4
-from runs import read_json, replacing, write_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's wrappers around the model, part of every name in the file
-COMPARED = {"r": int, "lora_alpha": int | float, "target_modules": list}  # by load_adapter
+COMPARED = {"r": int, "lora_alpha": float, "target_modules": list[str]}  # by load_adapter
+READ = {"lora_dropout": float, "peft_type": str}
 FIXED = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
 UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
                "modules_to_save", "lora_bias")  # fmt: skip
@@ -268,8 +269,8 @@ def load_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
     if misfits := _misfits(model, config, weights, base_model):
         raise ValueError(f"the adapter in {folder} does not fit: {'; '.join(misfits)}")
     if not lora_layers(model):
-        dropout = config.get("lora_dropout", 0.0)
-        add_lora(model, config["r"], config["lora_alpha"], dropout, config["target_modules"])
+        settings = ("r", "lora_alpha", "lora_dropout", "target_modules")
+        add_lora(model, *(config[name] for name in settings))
     with torch.no_grad():
         for key, parameter in _adapter(model).items():
             parameter.copy_(weights[key])
@@ -279,15 +280,18 @@ def load_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor], str]:
     """Read a folder -> config, weights by their names in the file, name of the adapter."""
     try:
-        config = read_json(folder / CONFIG, "an adapter needs it")
+        config = read_json(folder / CONFIG, "an adapter needs it", COMPARED | READ)
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             weights = {key: file.get_tensor(key) for key in file.keys()}
             name = (file.metadata() or {}).get("name", folder.name)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"no whole adapter in {folder} ({reason}): save it again") from None
-    if not all(isinstance(config.get(key), kind) for key, kind in COMPARED.items()):
-        raise ValueError(f"{folder / CONFIG} must hold {', '.join(COMPARED)}: is it LoRA's?")
+    if config["peft_type"] != "LORA":
+        raise ValueError(f"{folder / CONFIG}: peft_type {config['peft_type']} is no LORA")
+    for key, weight in weights.items():
+        if not (weight.is_floating_point() and torch.isfinite(weight.float()).all()):
+            raise ValueError(f"{folder / WEIGHTS}: {key} ({weight.dtype}) holds no finite numbers")
     return config | {"target_modules": sorted(config["target_modules"])}, weights, name
 
 

@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from chat import Chat
 from checkpoint import CURE, check_config, check_weights, find_folder, set_fields, weight_files
+from files import read_json
 from quant import NF4Linear, quantize_nf4
-from runs import read_json
 
 # ------------------------------------------------------------------------------------------ shape
 

@@ -1,4 +1,4 @@
-"""A run folder: what a run is made of, and how its files are written, read and checked.
+"""A run folder: what a run is made of, and whether its files belong together.
 
     args.json           every flag as parsed, versions, seed, hashes of prompt and model
     prompt.txt          the prompt, as it was read
@@ -8,23 +8,24 @@
     checkpoint/         all that training needs to go on (train.py)
     adapter_*           the adapter in PEFT's format (lora.py)
     report.json, .md, .svg    the result (evaluate.py, picture.py)
+    lock                who works in it: genpi.py while it runs; who only reads needs no lock
 
-Whatever is replaced is written beside and then renamed, so that no reader and no crash sees half a
-file. What is appended may end in half a line, which is dropped and made again. Every mistake of a
-user is a ValueError of one line that names the value and the cure; exit_code prints it.
-
-Left out: locks. Two processes must not work in one folder, save under torchrun.
+A folder may come from another machine, or from somebody else. So nothing that it names is loaded or
+downloaded unless a hash says that it is what the run was made with, a prompt or a record that does
+not belong is named, and who reads a run writes nothing but a report. Every mistake of a user is a
+ValueError of one line that names the value and the cure; exit_code prints it.
 """
 
+import fcntl
 import hashlib
-import json
 import os
 import platform
 import random
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import safetensors
@@ -32,108 +33,34 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
+from checkpoint import find_folder
+from files import (
+    AGAIN,
+    UNSEEN,
+    append_row,
+    check_kinds,
+    kinds,
+    no_link,
+    read_json,
+    read_rows,
+    read_text,
+    write_json,
+    write_rows,
+    write_text,
+)
 from prompt import TASKS, Prompt, Task, parse_prompt
 
-AGAIN = "delete it, and genpi.py makes it again"
+HERE = Path(__file__).resolve().parent
+ELSEWHERE = "choose another folder with --out"
+ANEW = "make the run anew, with another --out"
 NOT_COMPARED = {  # they change no experiment, or (on a GPU) only its rounding and dropout noise
-    "out", "chat", "show", "record", "dry_run", "concurrency", "timeout", "device", "slots",
-    "micro_tokens", "checkpointing", "save_every",
+    "out", "chat", "show", "record", "dry_run", "records", "concurrency", "timeout", "device",
+    "slots", "micro_tokens", "checkpointing", "save_every",
 }  # fmt: skip
-
-# ----------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a fresh file beside `path`, which takes its place if the block ends without an error."""
-    beside = path.with_name(path.name + ".new")
-    beside.unlink(missing_ok=True)  # what a crash left; if it is a link, its target stays as it is
-    beside.touch(exist_ok=False)
-    mode = beside.stat().st_mode
-    try:
-        yield beside
-        beside.chmod(mode)  # safetensors writes for the owner alone, a server may be another user
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    with replacing(path) as beside:
-        # half a surrogate pair, as in a path that is no UTF-8, becomes JSON's escape for it
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path, cure: str = AGAIN, keys: tuple[str, ...] = ()) -> dict:
-    """The JSON object in a file. Raises ValueError if it is missing, damaged or lacks a key."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; {cure}") from None
-    except (ValueError, RecursionError) as error:  # malformed, or not UTF-8
-        raise ValueError(f"{path}: not JSON ({error}); {cure}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds no JSON object; {cure}")
-    if missing := [key for key in keys if key not in found]:
-        raise ValueError(f"{path}: lacks {', '.join(missing)}; {cure}")
-    return found
-
-
-def append_row(path: Path, row: dict) -> None:
-    """Add a line to a JSONL file; it is on the disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def read_rows(path: Path, parse: Callable[[dict], object]) -> tuple[list, bool]:
-    """The parsed lines of a JSONL file, and whether another can be appended to it as it is.
-
-    A last line that does not parse, as a crash leaves it, is left out with a warning. Raises:
-    ValueError naming any other line that is corrupt.
-    """
-    lines = path.read_bytes().split(b"\n")
-    whole = not lines[-1]  # a line end, and nothing behind it
-    lines = lines[:-1] if whole else lines
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(parse(json.loads(line)))
-        except (ValueError, TypeError, KeyError, RecursionError):
-            if number < len(lines):
-                told = f"{path} line {number} is corrupt; delete that line to have it made again"
-                raise ValueError(told) from None
-            tqdm.write(f"{path}: the last line is corrupt; it is dropped and made again")
-            whole = False
-    return rows, whole
-
-
-def read_text(path: Path, what: str) -> str:
-    """The text of a user's file. Raises ValueError if it is missing, empty or not UTF-8."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        told = f"{path}: {error.strerror}, so there is no {what}; give the path of a text file"
-        raise ValueError(told) from None
-    except UnicodeDecodeError as error:
-        told = f"{path}: byte {error.start} is not UTF-8; save the {what} file as UTF-8 text"
-        raise ValueError(told) from None
-    if "\0" in text:
-        place = text.index("\0")
-        raise ValueError(f"{path}: has a NUL byte at {place}, so it is no text; give a text file")
-    if not text.strip():
-        raise ValueError(f"{path}: the {what} file is empty; write the {what} into it")
-    return text.replace("\r\n", "\n")
-
+MADE_OF = {  # what the records of a run depend on, so that another run may train on them
+    "prompt_sha256", "task", "environment", "max_turns", "demos_sha256", "model_sha256",
+    "chat_format",
+}  # fmt: skip
 
 # --------------------------------------------------------------------------------------- records
 
@@ -168,25 +95,69 @@ class Record:
         return self.turns[0]
 
 
-def read_records(path: Path, mend: bool = True) -> list[Record]:
-    """The records of data.jsonl in order of index; a damaged last line is dropped from the file.
+@dataclass
+class Inputs:
+    """The pseudo inputs so far, and where their sampling goes on: inputs.json."""
 
-    mend: False leaves the file as it is, for another process may be at work on it.
-    Raises: ValueError naming a line that is corrupt or holds a record once more.
+    rounds: int = 0
+    fruitless: int = 0  # rounds in a row that brought nothing new
+    seconds: float = 0.0
+    inputs: list[str] = field(default_factory=list)
+
+
+def read_inputs(path: Path) -> Inputs:
+    """Raises: ValueError if the file is missing or damaged."""
+    found = read_json(path, AGAIN, kinds(Inputs))
+    return Inputs(**{name: found[name] for name in kinds(Inputs)})
+
+
+@dataclass
+class Step:
+    """An optimiser step: a line of metrics.jsonl. sft, pg: losses in nats/token."""
+
+    step: int
+    sft: float
+    pg: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    seconds: float
+
+
+def read_records(path: Path, mend: bool = True) -> list[Record]:
+    """The records of data.jsonl in order of index, the first of each; the file then holds these.
+
+    mend: False leaves the file as it is, for another process may be at work on it, or it may be
+    somebody else's. Raises: ValueError naming a line that is corrupt.
     """
     seen: dict[int, Record] = {}
 
-    def parse(row: dict) -> None:
+    def parse(row: dict) -> int:
         record = Record(**row)
-        texts = [record.pseudo_input, record.student, record.reason, *record.turns]
-        strange = not isinstance(record.index, int) or not all(isinstance(t, str) for t in texts)
-        if strange or record.index in seen:
-            raise ValueError(row)
-        seen[record.index] = record
+        check_kinds(vars(record), kinds(Record))
+        seen.setdefault(record.index, record)
+        return record.index
 
-    if path.exists() and not read_rows(path, parse)[1] and mend:
+    if not path.exists():
+        return []
+    indices, whole = read_rows(path, parse)
+    if twice := len(indices) - len(seen):
+        tqdm.write(f"{path}: {twice} lines hold a record once more; the first of each counts")
+    if mend and (twice or not whole):
         write_rows(path, [asdict(record) for record in seen.values()])
     return [seen[index] for index in sorted(seen)]
+
+
+def check_inputs_of(records: list[Record], inputs: list[str], folder: Path) -> None:
+    """Raise ValueError for a record that is not of the pseudo input with its index, or is empty."""
+    for record in records:
+        if not record.turns and not record.overlong:
+            told = f"record {record.index} of {folder / 'data.jsonl'} has no turn"
+            raise ValueError(f"{told}; delete its line, and genpi.py makes it again")
+        if record.pseudo_input not in inputs[record.index : record.index + 1]:
+            told = f"record {record.index} of {folder / 'data.jsonl'} is of another pseudo input"
+            cure = "put back the one that was changed, or delete data.jsonl"
+            raise ValueError(f"{told} than {folder / 'inputs.json'} has there; {cure}")
 
 
 def append_record(path: Path, record: Record) -> None:
@@ -207,9 +178,10 @@ def read_metrics(path: Path) -> list[dict]:
     """The lines of metrics.jsonl, but a last one cut short; ValueError names a corrupt one."""
 
     def parse(row: dict) -> dict:
-        return {**row, "step": int(row["step"]), "seconds": float(row["seconds"])}
+        check_kinds(row, kinds(Step))
+        return row
 
-    return read_rows(path, parse)[0] if path.exists() else []
+    return read_rows(path, parse)[0]
 
 
 def hash_seed(*parts) -> int:
@@ -220,53 +192,96 @@ def hash_seed(*parts) -> int:
 # ---------------------------------------------------------------------------------------- folder
 
 
-def fingerprint(folder: Path) -> str:
-    """A hash that tells checkpoints apart: names, sizes, first and last MiB of every file."""
-    digest = hashlib.sha256()
-    for pattern in ("*.json", "*.safetensors"):
-        for path in sorted(folder.glob(pattern)):
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(2**20))
-                file.seek(max(0, path.stat().st_size - 2**20))
-                digest.update(file.read())
-    return digest.hexdigest()[:16]
-
-
 def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def open_run(args, prompt: Prompt, known: dict) -> None:
-    """Make the run folder of these flags, or go on in it.
+@contextmanager
+def open_run(args, prompt: Prompt, known: dict) -> Iterator[None]:
+    """Make the run folder of these flags, or go on in it, and hold it for the block.
 
     known: what tells things apart better than the name by which a flag calls them: hashes, the
-    chat format. Raises: ValueError if the folder was made with other flags.
+    chat format. Raises: ValueError if the folder is none of ours, was made with other flags, or
+    another process works in it.
     """
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | known
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "args.json"
-    if path.exists() and (changed := changed_flags(flags, read_json(path))):
-        cure = "choose another folder with --out"
-        raise ValueError(f"{args.out} was made with other flags: {', '.join(changed)}; {cure}")
-    versions = {module.__name__: module.__version__ for module in (torch, safetensors, tokenizers)}
-    versions["python"] = platform.python_version()
-    write_text(args.out / "prompt.txt", prompt.text)
-    write_json(path, {**flags, "versions": versions})
+    refuse_foreign(args.out)
+    takes = args.records and not (args.out / "inputs.json").exists()
+    taken = read_made(args.records, flags) if takes else {}
+    args.out.mkdir(parents=True, exist_ok=True)
+    with locked(args.out):
+        if path.exists() and (changed := changed_flags(flags, read_json(path, ELSEWHERE))):
+            told = ", ".join(changed)
+            raise ValueError(f"{args.out} was made with other flags: {told}; {ELSEWHERE}")
+        if (args.out / "prompt.txt").exists():
+            read_prompt(args.out, known["prompt_sha256"])
+        modules = (torch, safetensors, tokenizers)
+        versions = {module.__name__: module.__version__ for module in modules}
+        versions["python"] = platform.python_version()
+        write_json(path, {**flags, "versions": versions})
+        for name, text in {"prompt.txt": prompt.text, **taken}.items():
+            if not (args.out / name).exists():
+                write_text(args.out / name, text)
+        yield
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise ValueError if a folder that is no run holds files that a run would replace."""
+    found = [n for n in ("prompt.txt", "inputs.json", "data.jsonl") if (folder / n).exists()]
+    if found and not (folder / "args.json").exists():
+        told = f"{folder} holds {found[0]} and is no run folder (it has no args.json)"
+        raise ValueError(f"{told}; {ELSEWHERE}, or take the records of a run with --records")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder for the block; a process that dies lets go of it, however it dies.
+
+    Raises: ValueError that says who holds it.
+    """
+    with open(folder / "lock", "a+", opener=no_link) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            told = f"{folder}: process {file.read(80).strip()} works here"
+            raise ValueError(f"{told}; wait for its end, or {ELSEWHERE}") from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        print(f"{os.getpid()} on {platform.node()}", file=file, flush=True)
+        yield
+
+
+def read_made(folder: Path, flags: dict) -> dict[str, str]:
+    """The files of a run's records, by name. Raises ValueError if they are not made of `flags`."""
+    before = read_json(folder / "args.json", "give the --out of an earlier run as --records")
+    if changed := told_apart(MADE_OF, flags, before):
+        raise ValueError(f"the records of {folder} are of another run: {', '.join(changed)}")
+    inputs = read_inputs(folder / "inputs.json").inputs
+    check_inputs_of(read_records(folder / "data.jsonl", mend=False), inputs, folder)
+    names = [name for name in ("data.jsonl", "inputs.json") if (folder / name).exists()]
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names}
+
+
+def told_apart(names: Iterable[str], flags: dict, before: dict) -> list[str]:
+    """Those of some flags that differ, with both values, in words."""
+    changed = [name for name in names if flags.get(name) != before.get(name)]
+    return [f"{name} {before.get(name)} (now {flags.get(name)})" for name in changed]
 
 
 def changed_flags(flags: dict, before: dict) -> list[str]:
-    """What tells two experiments apart: each flag with both its values, in words."""
-    named = {"prompt", "model", "demos", "generator"}  # their hashes are there: places may change
+    """What tells two experiments apart, in words."""
+    named = {"prompt", "model", "model_path", "demos", "generator"}  # hashed: places may change
     free = NOT_COMPARED | (named if flags["generator"] else named - {"generator"})
-    changed = [k for k in flags if k not in free and flags[k] != before.get(k)]
-    return [f"{k} {before.get(k)} (now {flags[k]})" for k in changed]
+    return told_apart([name for name in flags if name not in free], flags, before)
 
 
 def has_records(args, known: dict) -> bool:
     """Would these flags go on in a folder that has a record?"""
     path = args.out / "args.json"
-    begun = path.exists() and not changed_flags(vars(args) | known, read_json(path))
+    begun = path.exists() and not changed_flags(vars(args) | known, read_json(path, ELSEWHERE))
     return begun and bool(read_records(args.out / "data.jsonl", mend=False))
 
 
@@ -277,7 +292,8 @@ class Run:
     folder: Path
     prompt: Prompt
     task: Task  # with the environment and the turn limit of the run
-    model: str
+    model: str  # as it was given
+    model_path: str  # the folder that it was; of the embedded model its name beside this file
     model_sha256: str
     bits: int
     device: str
@@ -288,44 +304,70 @@ class Run:
     slots: int
     micro_tokens: int
 
+    @property
+    def base(self) -> Path:
+        """Where its base model should be."""
+        return HERE / self.model_path
+
+
+FLAGS = {name: kind for name, kind in kinds(Run).items() if name not in ("folder", "prompt")}
+FLAGS |= {"task": str, "environment": str, "max_turns": int, "prompt_sha256": str}
+
 
 def load_records(run: Run) -> tuple[list[Record], dict]:
     """All records of a run, and the seconds that they and the training took.
 
-    What an interruption lost is not counted. Raises: ValueError if records are missing.
+    What an interruption lost is not counted. Raises: ValueError if records or metrics are missing.
     """
-    inputs = read_json(run.folder / "inputs.json", AGAIN, ("seconds", "inputs"))
-    records = read_records(run.folder / "data.jsonl")
-    if len(records) < len(inputs["inputs"]):
-        told = f"{len(records)} of {len(inputs['inputs'])} records are there"
+    made = read_inputs(run.folder / "inputs.json")
+    records = read_records(run.folder / "data.jsonl", mend=False)
+    check_inputs_of(records, made.inputs, run.folder)
+    if len(records) < len(made.inputs):
+        told = f"{len(records)} of {len(made.inputs)} records are there"
         raise ValueError(f"{run.folder}: {told}; genpi.py with the same flags makes the others")
-    synth = inputs["seconds"] + sum(record.seconds for record in records)
-    train = sum(row["seconds"] for row in read_metrics(run.folder / "metrics.jsonl"))
-    return records, {"synth": synth, "train": train}
+    metrics = run.folder / "metrics.jsonl"
+    if not metrics.exists():
+        cure = "delete adapter_config.json and checkpoint/, and genpi.py trains anew"
+        raise ValueError(f"{metrics} is missing; {cure}")
+    synth = made.seconds + sum(record.seconds for record in records)
+    return records, {"synth": synth, "train": sum(row["seconds"] for row in read_metrics(metrics))}
 
 
-def load_run(folder: Path, device: str | None = None) -> Run:
+def load_run(folder: Path, device: str | None = None, model: str | None = None) -> Run:
     """Open a run folder, by default for its own device, or the CPU where there is none like that.
 
-    Raises: ValueError if it is no run folder, or its files are damaged.
+    model: folder or Hub id of its base, if that is no more where it was; nothing is downloaded.
+    Raises: ValueError if it is no run folder, or its files are damaged or do not belong together.
     """
-    if not (folder / "args.json").exists():
+    path = folder / "args.json"
+    if not path.exists():
         told = "no args.json, so it is no run folder; give the --out of an earlier run"
         raise ValueError(f"{folder}: {told}")
-    flags = {field.name for field in fields(Run)} - {"folder", "prompt", "task"}
-    args = read_json(folder / "args.json", AGAIN, (*flags, "task", "environment", "max_turns"))
-    if not (folder / "prompt.txt").exists():
-        raise ValueError(f"{folder / 'prompt.txt'} is missing; genpi.py makes it again")
-    if args["task"] not in list(TASKS):
-        raise ValueError(f"{folder / 'args.json'}: no task is called {args['task']}; {AGAIN}")
-    prompt = parse_prompt(read_text(folder / "prompt.txt", "prompt"))
+    args = read_json(path, ANEW, FLAGS)
+    if args["task"] not in TASKS:
+        raise ValueError(f"{path}: no task is called {args['task']}; {ANEW}")
+    if zero := [name for name, kind in FLAGS.items() if kind is int and args[name] == 0]:
+        raise ValueError(f"{path}: {zero[0]} = 0 is too little; {ANEW}")
+    here = "cuda" if torch.cuda.is_available() and args["device"] == "cuda" else "cpu"
+    args["device"] = device or here
+    if model:
+        args["model_path"] = str(find_folder(model, download=False).resolve())
+    prompt = read_prompt(folder, args["prompt_sha256"])
     said = {"environment": args["environment"], "max_turns": args["max_turns"]}
-    task = replace(TASKS[args["task"]], **said)
-    if device or not torch.cuda.is_available():
-        args["device"] = device or "cpu"
-    for flag, default in (("slots", 64), ("micro_tokens", 2048)):  # once they were chosen later
-        args[flag] = args[flag] or default
-    return Run(folder, prompt, task, **{flag: args[flag] for flag in flags})
+    args["task"] = replace(TASKS[args["task"]], **said)
+    of_run = {name: args[name] for name in kinds(Run) if name in FLAGS}
+    return Run(folder, prompt, **of_run)
+
+
+def read_prompt(folder: Path, sha256: str) -> Prompt:
+    """The prompt of a run folder. Raises: ValueError if the run was made with another."""
+    path = folder / "prompt.txt"
+    if not path.exists():
+        raise ValueError(f"{path} is missing; genpi.py makes it again")
+    prompt = parse_prompt(read_text(path, "prompt"), str(path))
+    if text_hash(prompt.text) != sha256:
+        raise ValueError(f"{path} is not the prompt that the run was made with; {AGAIN}")
+    return prompt
 
 
 # ------------------------------------------------------------------------- mistakes, in one line
@@ -337,11 +379,17 @@ def exit_code(work: Callable, *args) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a ?
     try:
-        work(*args)
+        try:
+            work(*args)
+        finally:
+            sys.stdout.flush()  # where a closed pipe is known, and not as Python ends
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `head` or `less` has seen enough, and Python would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141  # as a shell says it
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -350,7 +398,9 @@ def exit_code(work: Callable, *args) -> int:
         told = f"{error}; free some space or choose another folder"
     except ValueError as error:
         told = " ".join(str(error).split())
-    print(f"error: {told}", file=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":  # most likely the first process says the same, and
+        time.sleep(3)  # torchrun ends this one before it speaks
+    print(f"error: {told.translate(UNSEEN)}", file=sys.stderr)
     return 2
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from sampler import Sampling
 
 TRIES = 7  # of one request; the waits between them add up to about a minute
+SECRET = 8  # characters that a key has at least
 FIRST_WAIT = 1.0  # seconds before the second try, doubled before each further one
 TRY_AGAIN = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that may pass
 TOO_LONG = re.compile(r"context[ _](length|limit|size|window)", re.IGNORECASE)  # how servers say it
@@ -79,8 +80,8 @@ class Server:
             body |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
             with gate:
                 try:
-                    reply = self.ask("chat/completions", completion, body, stop=stop)
-                    answers.put((number, *reply))
+                    text, ended = self.ask("chat/completions", completion, body, stop=stop)
+                    answers.put((number, self.without_key(text), ended))
                 except TooLong:
                     answers.put((number, None, False))
                 except Exception as error:  # whatever it is, the main thread raises it
@@ -131,7 +132,27 @@ class Server:
         raise ValueError(f"{told}; see to the server, and the same command goes on from here")
 
     def exchange(self, path: str, body: dict | None) -> tuple[int, bytes]:
-        """One request -> status and bytes of the answer."""
+        """One request -> status and bytes of the answer, all of it within the time limit."""
+        answer = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                answer.put(self.transfer(path, body))
+            except Exception as error:  # raised below
+                answer.put(error)
+
+        # a socket's own limit begins anew with every byte; who sends one now and then is left alone
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            found = answer.get(timeout=self.timeout)
+        except queue.Empty:
+            raise TimeoutError("timed out") from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def transfer(self, path: str, body: dict | None) -> tuple[int, bytes]:
+        """One request, whatever time its headers take -> status and bytes of the answer."""
         headers = {"Content-Type": "application/json", "User-Agent": "genpi"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         data = body and json.dumps(body).encode()
@@ -154,9 +175,13 @@ class Server:
         error = TooLong if TOO_LONG.search(told) else ValueError
         return error(f"{self.url}/{path}: {told}; {cure}")
 
+    def without_key(self, text: str) -> str:
+        """A server's words without the key, which it may echo. "EMPTY" and such are no secrets."""
+        return text.replace(self.key, "[key]") if len(self.key) >= SECRET else text
+
     def printable(self, text: str) -> str:
         """A server's words on one short line, without the key."""
-        text = text.replace(self.key, "[key]") if self.key else text
+        text = self.without_key(text)
         return " ".join("".join(c if c.isprintable() else " " for c in text[:300]).split())
 
 
@@ -186,4 +211,4 @@ def connect(server: Server) -> Server:
         model = server.ask("models", lambda content: json.loads(content)["data"][0]["id"], tries=3)
     except ValueError as error:
         raise ValueError(f"{error}; or name the model with --generator-model") from None
-    return replace(server, model=str(model))
+    return replace(server, model=server.without_key(str(model)))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import runs
 from chat import Chat
+from files import UNSEEN
 from loss import IGNORE, Sequence, pg_sequence, sft_sequence
 from model import read_shape
 from runs import Record, Run
@@ -23,17 +24,19 @@ from train import base_folder
 
 MARKS = {True: "⟦{}⟧", False: "{}"}  # by whether it carries loss
 COLOURS = {True: "\033[1;32m{}\033[0m", False: "\033[2m{}\033[0m"}  # bold green, dim
-UNSEEN = {i: f"\\x{i:02x}" for i in range(32) if chr(i) not in "\t\n"}  # they steer a terminal
 
 
-def show(folder: Path, number: int | None) -> None:
+def show(folder: Path, number: int | None, model: str | None = None) -> None:
     """Print the record of that number, by default the first that is trained on.
 
-    Raises: ValueError if there is none, or if the run or its model is damaged.
+    model: where the base of the run is now. Raises: ValueError if there is no such record, or if
+    the run or its model is damaged.
     """
-    run = runs.load_run(folder)
+    run = runs.load_run(folder, model=model)
     _, chat = read_shape(base_folder(run))
     records = runs.read_records(folder / "data.jsonl", mend=False)
+    inputs = runs.read_inputs(folder / "inputs.json").inputs
+    runs.check_inputs_of(records, inputs, folder)
     if not records:
         raise ValueError(f"{folder}: no finished record yet; genpi.py with its flags makes them")
     if number is None:
@@ -45,10 +48,7 @@ def show(folder: Path, number: int | None) -> None:
     if not found:
         raise ValueError(f"{folder}: {told}")
     plain = os.environ.get("NO_COLOR") or not sys.stdout.isatty()
-    try:
-        print("\n".join(page(run, chat, found[0], MARKS if plain else COLOURS)), flush=True)
-    except BrokenPipeError:  # `head` or `less` has seen enough, and Python would flush once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print("\n".join(page(run, chat, found[0], MARKS if plain else COLOURS)))
 
 
 def fate(run: Run, chat: Chat, record: Record) -> str:
@@ -59,7 +59,7 @@ def fate(run: Run, chat: Chat, record: Record) -> str:
     longest = max(len(sequence.ids) for _, sequence in asked)
     if longest > chat.context:
         return f"left out, since {longest} tokens do not fit the context of {chat.context}"
-    inputs = runs.read_json(run.folder / "inputs.json", keys=("inputs",))["inputs"]
+    inputs = runs.read_inputs(run.folder / "inputs.json").inputs
     numbers = list(range(len(inputs)))  # those of all records, also of the unfinished
     training, _ = runs.split_records(numbers, run.samples, run.held_out)
     return "trained on" if record.index in training else "held out for the report"

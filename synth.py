@@ -18,11 +18,12 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from files import write_json
 from prompt import (
     END,
     Prompt,
@@ -31,7 +32,15 @@ from prompt import (
     environment_messages,
     student_messages,
 )
-from runs import AGAIN, Record, append_record, hash_seed, read_json, read_records, write_json
+from runs import (
+    Inputs,
+    Record,
+    append_record,
+    check_inputs_of,
+    hash_seed,
+    read_inputs,
+    read_records,
+)
 from sampler import Sampling, Voice
 from server import Server
 
@@ -105,7 +114,9 @@ def synthesise(voice: Voice, generator: Voice | Server, plan: Plan, folder: Path
     """
     inputs = pseudo_inputs(generator, plan, folder / "inputs.json")
     path = folder / "data.jsonl"
-    done = {record.index for record in read_records(path)}
+    records = read_records(path)
+    check_inputs_of(records, inputs, folder)
+    done = {record.index for record in records}
     for first in range(0, len(inputs), WAVE):
         wave = [Record(first + i, x) for i, x in enumerate(inputs[first : first + WAVE])]
         missing = [record for record in wave if record.index not in done]
@@ -147,25 +158,23 @@ def pseudo_inputs(generator: Voice | Server, plan: Plan, path: Path) -> list[str
     ValueError if there are fewer than two, one to train on and one to hold out.
     """
     n = plan.n_inputs
-    state = {"rounds": 0, "fruitless": 0, "seconds": 0.0, "inputs": []}
-    if path.exists():
-        state = read_json(path, AGAIN, tuple(state))
-    inputs = state["inputs"]
+    state = read_inputs(path) if path.exists() else Inputs()
+    inputs = state.inputs
     seen = {normalised(x) for x in (*inputs, *plan.task.demos)}
     with bar("pseudo inputs", n, "input") as progress:
         progress.update(min(len(inputs), n))
-        while len(inputs) < n and state["fruitless"] < FRUITLESS_ROUNDS:
+        while len(inputs) < n and state.fruitless < FRUITLESS_ROUNDS:
             clock = time.perf_counter()
             before = len(inputs)
-            seed = hash_seed(plan.seed, "inputs", state["rounds"])
+            seed = hash_seed(plan.seed, "inputs", state.rounds)
             for x in more_inputs(generator, plan, inputs, n - before, seed):
                 if normalised(x) not in seen and len(inputs) < n:
                     seen.add(normalised(x))
                     inputs.append(x)
-            state["rounds"] += 1
-            state["fruitless"] = 0 if len(inputs) > before else state["fruitless"] + 1
-            state["seconds"] += time.perf_counter() - clock
-            write_json(path, state)
+            state.rounds += 1
+            state.fruitless = 0 if len(inputs) > before else state.fruitless + 1
+            state.seconds += time.perf_counter() - clock
+            write_json(path, asdict(state))
             progress.update(len(inputs) - before)
     check_inputs(inputs, n)
     return inputs
@@ -315,6 +324,8 @@ def role_play(
     live = records  # those in which the agent has its turn
     with bar("role-play", len(records), "chat") as progress:
         for turn in range(1, task.max_turns + 1):
+            if not live:
+                break
             spoken = say_next(voice, plan, live, agent_reads)
             for record, ended in spoken:
                 record.cut_turn = not ended

@@ -10,19 +10,23 @@ from pathlib import Path
 
 import lora
 import runs
+from files import UNSEEN
 from prompt import conversation, student_messages
 from sampler import Sampling, Voice
 from train import open_model
 
 HELP = """Talk to the internalised model. /base: the plain model; /prompt: the plain model with \
-the prompt; /adapter: back; /new: forget the conversation; /quit. A message of several lines \
-stands between two lines of three double quotes."""
+the prompt; /adapter: back; /new: forget the conversation; /quit. A message that starts with a \
+slash starts with two; one of several lines stands between two lines of three double quotes."""
 QUOTES = '"""'
 
 
-def talk(folder: Path, device: str | None) -> None:
-    """A conversation on the terminal with the adapter, the plain model, or the prompted one."""
-    run = runs.load_run(folder, device)
+def talk(folder: Path, device: str | None, model: str | None = None) -> None:
+    """A conversation on the terminal with the adapter, the plain model, or the prompted one.
+
+    model: where the base of the run is now.
+    """
+    run = runs.load_run(folder, device, model)
     model, chat = open_model(run)
     print(HELP)
     mode = "adapter"
@@ -41,6 +45,7 @@ def talk(folder: Path, device: str | None) -> None:
         elif re.fullmatch(r"/\w*", said):  # no path, which may begin a message
             print(HELP)
         elif said:
+            said = re.sub("^//", "/", said)
             opening = run.prompt.teacher if mode == "prompt" else student_messages
             first, *later = [*turns, said]
             messages = conversation(opening(first), later)
@@ -70,7 +75,7 @@ def say_aloud(voice: Voice, messages: list[dict], limit: int) -> str:
     said = ""
     for _, text, _ in voice.speak([messages], Sampling(limit), partly=True):
         if not text.endswith("\ufffd"):  # half of a character of several bytes: wait for the rest
-            print(text[len(said) :], end="", flush=True)
+            print(text[len(said) :].translate(UNSEEN), end="", flush=True)
             said = text
     print()
     return said

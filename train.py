@@ -33,7 +33,8 @@ from tqdm import tqdm
 
 import lora
 from chat import Chat
-from checkpoint import find_folder
+from checkpoint import fingerprint
+from files import append_row, replacing, write_rows
 from loss import (
     IGNORE,
     Sequence,
@@ -48,12 +49,8 @@ from prompt import Prompt
 from runs import (
     Record,
     Run,
-    append_row,
-    fingerprint,
     hash_seed,
     read_metrics,
-    replacing,
-    write_rows,
 )
 
 
@@ -86,25 +83,27 @@ def training_sequences(
     """
     sft = []
     pg = []
-    longest = 0
-    for record in records:
-        if record.overlong or (record.no_reason and lam < 1):
-            continue
+    whole = [record for record in records if not record.overlong]
+    for record in whole:
         pair = sft_sequence(chat, record), pg_sequence(chat, prompt, record)
-        tokens = max(len(s.ids) for s in (pair if lam < 1 else pair[:1]))
-        longest = max(longest, tokens)
-        if tokens <= chat.context:
+        fits = [len(sequence.ids) <= chat.context for sequence in pair]
+        if fits[0] and (lam == 1 or fits[1] and not record.no_reason):
             sft.append(pair[0])
             pg.append(pair[1])
     limit = f"the context of {chat.context} tokens"
     if not sft:
-        raise ValueError(
-            f"no record fits {limit} (the longest takes {longest}); "
-            "shorten the prompt, lower --max-turns, or drop prompt generation with --lam 1"
-        )
+        alone = any(len(sft_sequence(chat, record).ids) <= chat.context for record in whole)
+        raise ValueError(f"no record fits {limit}: {why_none_fits(alone, lam)}, with another --out")
     if len(sft) < len(records):
         print(f"left out: {len(records) - len(sft)} of {len(records)} records do not fit {limit}")
     return sft, pg
+
+
+def why_none_fits(alone: bool, lam: float) -> str:
+    """The cause and the cure where no record fits. alone: would one fit with SFT alone?"""
+    if alone and lam < 1:
+        return "prompt and reason are too long to be written; shorten the prompt, or take --lam 1"
+    return "the conversations are too long; lower --max-turns or --max-new-tokens"
 
 
 # ----------------------------------------------------------------------------------------- a step
@@ -312,10 +311,10 @@ def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llam
     if not config.exists():
         told = "has no finished adapter; run genpi.py with the same flags to finish it"
         raise ValueError(f"{run.folder}: {told}")
-    base_folder(run)
-    model, chat = loaded or load_model(run.model, run.device, bits=run.bits)
+    folder = base_folder(run)
+    model, chat = loaded or load_model(folder, run.device, bits=run.bits)
     try:
-        lora.load_adapter(model, run.folder, base_model=run.model)
+        lora.load_adapter(model, run.folder)  # its base is told by its hash: places may change
     except ValueError as error:
         cure = f"delete {config}, and genpi.py goes on from its checkpoint"
         raise ValueError(f"{error}; {cure}") from None
@@ -323,12 +322,14 @@ def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llam
 
 
 def base_folder(run: Run) -> Path:
-    """The folder of the run's base model. Raises: ValueError if the model has changed."""
-    folder = find_folder(run.model)
-    if fingerprint(folder) != run.model_sha256:
-        told = f"{run.model} has changed since {run.folder} was made; run genpi.py anew"
-        raise ValueError(told)
-    return folder
+    """The folder of the run's base model. Raises: ValueError if it is gone or has changed."""
+    if not run.base.is_dir():
+        told = f"the model {run.model} is no more at {run.base}; say where it is with --model"
+        raise ValueError(f"{run.folder}: {told}")
+    if fingerprint(run.base) != run.model_sha256:
+        told = f"{run.base} has changed since {run.folder} was made, or genpi.py has"
+        raise ValueError(f"{told}; run genpi.py anew, with another --out")
+    return run.base
 
 
 # ------------------------------------------------------------------------------ several processes

@@ -26,6 +26,7 @@ import runs
 import synth
 import talk
 import train
+from files import read_text
 from model import load_model
 
 FLAGS = """--samples 3 --held-out 1 --epochs 2 --batch 2 --max-new-tokens 8 --max-reason-tokens 8
@@ -39,12 +40,9 @@ def no_report(folder, loaded) -> None:
     """Stands for evaluate.report, which takes longer than all the rest."""
 
 
-def prepare(out: Path, inputs=INPUTS) -> Path:
-    """A run folder with pseudo inputs, since random weights write none."""
-    out.mkdir(parents=True)
-    state = {"rounds": 0, "fruitless": 0, "seconds": 0.0, "inputs": inputs}
-    (out / "inputs.json").write_text(json.dumps(state))
-    return out
+def list_inputs(patch: pytest.MonkeyPatch, inputs=INPUTS) -> None:
+    """Have the generator list these pseudo inputs, since random weights write none."""
+    patch.setattr(synth, "more_inputs", lambda *_: list(inputs))
 
 
 def command(checkpoint: Path, prompt: Path, out: Path, *flags) -> list[str]:
@@ -69,14 +67,17 @@ def finished(checkpoint, tmp_path_factory):
     (folder / "prompt.txt").write_text("Answer in one word.\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(genpi, "report", no_report)
-        out = prepare(folder / "run")
+        list_inputs(patch)
+        out = folder / "run"
         assert genpi.main(command(checkpoint, folder / "prompt.txt", out)) == 0
     return out
 
 
 @pytest.fixture
-def out(tmp_path):
-    return prepare(tmp_path / "run")
+def out(tmp_path, monkeypatch):
+    """The folder of a run whose pseudo inputs are given."""
+    list_inputs(monkeypatch)
+    return tmp_path / "run"
 
 
 @pytest.fixture
@@ -170,10 +171,10 @@ def test_turns_longer_than_the_context(run):
 
 
 @pytest.mark.parametrize(("lam", "left_out"), [(0.7, True), (1, False)])
-def test_a_record_whose_reason_does_not_fit_is_left_out(run, tmp_path, lam, left_out):
+def test_a_record_whose_reason_does_not_fit_is_left_out(run, tmp_path, monkeypatch, lam, left_out):
     """An input too long for the reason's question costs a record; with SFT alone not even it."""
     (tmp_path / "prompt-300.txt").write_text("x" * 300)
-    prepare(tmp_path / "run", ["y" * 420, *INPUTS[1:]])
+    list_inputs(monkeypatch, ["y" * 420, *INPUTS[1:]])
     code, stdout, _ = run("--prompt", tmp_path / "prompt-300.txt", "--lam", lam)
     assert code == 0 and ("left out: 1 of 3" in stdout) == left_out
 
@@ -183,17 +184,17 @@ def test_line_ends_and_marks_of_windows_change_nothing(tmp_path):
     texts = []
     for content in (b"One.\nTwo.\n", b"One.\r\nTwo.\r\n", b"\xef\xbb\xbfOne.\nTwo.\n"):
         (tmp_path / "p.txt").write_bytes(content)
-        texts.append(runs.read_text(tmp_path / "p.txt", "prompt"))
+        texts.append(read_text(tmp_path / "p.txt", "prompt"))
     assert texts == ["One.\nTwo.\n"] * 3
 
 
-def test_paths_with_spaces_and_other_alphabets(run, checkpoint, tmp_path):
+def test_paths_with_spaces_and_other_alphabets(run, out, checkpoint, tmp_path):
     """Model, prompt and run folder may be called anything."""
     odd = tmp_path / "a b' ü 中 🙂"
-    out = prepare(odd / "-run")
+    odd.mkdir()
     (odd / "p 1.txt").write_text("Réponds 🙂 <|eot_id|>", encoding="utf-8")
     shutil.copytree(checkpoint, odd / "model")
-    ended = run("--model", odd / "model", "--prompt", odd / "p 1.txt", f"--out={out}")
+    ended = run("--model", odd / "model", "--prompt", odd / "p 1.txt", f"--out={odd / '-run'}")
     assert ended[0] == 0, ended[2]
 
 
@@ -271,10 +272,12 @@ def test_the_demonstrations_of_a_task_need_no_flag(run, out):
     assert genpi.read_demos(genpi.parse_flags(["--task", "any"])) == ()
 
 
-def test_cuda_asked_for_and_absent(run, monkeypatch):
+def test_cuda_asked_for_and_absent(run, again, monkeypatch):
     """--device cuda without a CUDA device says which device there is."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    complaint(run("--device", "cuda"), "--device cuda", "no CUDA device", "--device cpu")
+    words = ["--device cuda", "no CUDA device", "--device cpu"]
+    complaint(run("--device", "cuda"), *words)
+    complaint(run("--run", again, "--device", "cuda", main=evaluate.main), *words)
 
 
 def test_a_run_folder_made_with_other_flags(run, again, tmp_path):
@@ -459,11 +462,9 @@ def test_a_generator_that_writes_no_list(run, tmp_path, monkeypatch):
     complaint(run(), "no numbered list", "5 rounds", "--demos", "--generator", "--out")
 
 
-def test_a_single_pseudo_input(run, tmp_path):
+def test_a_single_pseudo_input(run, monkeypatch):
     """One input cannot be trained on and held out at once; the error says so."""
-    out = prepare(tmp_path / "run", INPUTS[:1])
-    state = json.loads((out / "inputs.json").read_text())
-    (out / "inputs.json").write_text(json.dumps(state | {"fruitless": 5}))
+    list_inputs(monkeypatch, INPUTS[:1])
     complaint(run(), "1 pseudo input", "--demos", "--generator")
 
 
@@ -477,7 +478,7 @@ def test_a_report_that_fails(run, out, monkeypatch):
 def test_an_out_that_begins_with_a_dash(run, report, tmp_path, monkeypatch):
     """Whatever --out is called, the run is made and reported on."""
     monkeypatch.chdir(tmp_path)
-    prepare(Path("-run"))
+    list_inputs(monkeypatch)
     monkeypatch.setattr(genpi, "report", evaluate.report)
     assert run("--out=-run")[0] == 0 and Path("-run", "report.md").exists()
     assert Path("-run", "report.svg").read_text().startswith("<svg")
@@ -511,7 +512,7 @@ def test_a_full_disk_under_a_finished_run(run, again, monkeypatch):
 
 def test_a_full_disk_at_the_report(report, again, monkeypatch):
     """A report that cannot be written names its folder and the cure, too."""
-    monkeypatch.setattr(runs, "write_json", raises(FULL))
+    monkeypatch.setattr(evaluate, "write_json", raises(FULL))
     complaint(report(again), again, "No space left", "free some space")
 
 
@@ -561,11 +562,17 @@ def test_a_corrupt_record_in_the_middle(run, again, line):
     assert files(again)["data.jsonl"] == before
 
 
-def test_a_record_that_is_there_twice(run, again):
-    """A second record of one pseudo input, as two processes in one folder write it, is refused."""
-    lines = (again / "data.jsonl").read_text(encoding="utf-8").splitlines(True)
-    (again / "data.jsonl").write_text("".join([*lines[:2], *lines[1:]]), encoding="utf-8")
-    complaint(run("--out", again), again / "data.jsonl", "line 3", "delete that line")
+def test_a_record_that_is_there_twice(run, again, finished):
+    """Of two records of one pseudo input, as two processes in one folder wrote them, the first
+    counts; that is said once, and the file then holds each once.
+    """
+    rows = records(again)
+    later = rows[1] | {"reason": "Another."}
+    lines = [json.dumps(row) + "\n" for row in (*rows[:2], later, *rows[2:])]
+    (again / "data.jsonl").write_text("".join(lines), encoding="utf-8")
+    code, stdout, stderr = run("--out", again)
+    assert code == 0 and (stdout + stderr).count("1 lines hold a record once more") == 1
+    assert records(again) == records(finished)
 
 
 def test_runs_that_hold_out_other_inputs_are_not_compared(run, again, tmp_path):
@@ -573,8 +580,9 @@ def test_runs_that_hold_out_other_inputs_are_not_compared(run, again, tmp_path):
     other = shutil.copytree(again, tmp_path / "other")
     code, stdout, _ = run("--run", again, "--against", other, main=evaluate.main)
     assert code == 0 and "not told apart" in stdout and "+0.0 points" in stdout
-    text = (other / "data.jsonl").read_text(encoding="utf-8")
-    (other / "data.jsonl").write_text(text.replace(INPUTS[-1], "Say yes."), encoding="utf-8")
+    for path in (other / "data.jsonl", other / "inputs.json"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(INPUTS[-1], "Say yes."), encoding="utf-8")
     ended = run("--run", again, "--against", other, main=evaluate.main)
     complaint(ended, again, other, "same records")
 
@@ -608,7 +616,7 @@ def test_a_task_that_does_not_exist(report, again, task):
     """An args.json of another program's is named, too."""
     args = json.loads((again / "args.json").read_text()) | {"task": task}
     (again / "args.json").write_text(json.dumps(args))
-    complaint(report(again), again / "args.json", "no task")
+    complaint(report(again), again / "args.json", "task")
 
 
 @pytest.mark.parametrize("size", [0, 20, -20])
@@ -727,7 +735,7 @@ def test_chat_reads_a_message_of_several_lines(again, monkeypatch):
         return "ok"
 
     monkeypatch.setattr(talk, "say_aloud", reply)
-    said = iter(['"""', "The output is:", "", "  7  ", '"""  ', "/etc is full.", "/quit"])
+    said = iter(['"""', "The output is:", "", "  7  ", '"""  ', "/etc is full.", "//quit", "/quit"])
     monkeypatch.setattr("builtins.input", lambda ask: next(said))
     talk.talk(again, "cpu")
-    assert heard == ["The output is:\n\n  7", "/etc is full."]
+    assert heard == ["The output is:\n\n  7", "/etc is full.", "/quit"]

@@ -26,6 +26,7 @@ from evaluate import (
     mean_nll,
     same_action,
 )
+from files import kinds
 from loss import IGNORE, Sequence, pg_sequence, teacher_sequence, token_nll
 from model import Config, Llama
 from prompt import TASKS, parse_prompt, student_messages
@@ -80,7 +81,7 @@ def test_only_held_out_records_that_fit_are_measured():
     run = SimpleNamespace(folder="runs/x", samples=2, held_out=2)
     records = [Record(i, f"x{i}", ["a"], overlong=i == 3) for i in range(4)]
     assert held_out_records(run, records) == [records[2]]
-    with pytest.raises(ValueError, match="no held-out record fits"):
+    with pytest.raises(ValueError, match="no held-out conversation fits"):
         held_out_records(run, [replace(record, overlong=True) for record in records])
 
 
@@ -213,8 +214,8 @@ def test_in_the_closed_loop_the_base_plays_the_environment():
         heard = [m["content"] for m in messages[2:] if m["role"] == "user"]
         return f"Act: answer({heard[-1]})" if heard else "Act: bash\n```bash\nls\n```"
 
-    flags = dict.fromkeys("model model_sha256 bits device samples held_out lam slots".split())
-    run = Run(None, PROMPT, TASKS["os"], **flags, max_new_tokens=64, micro_tokens=64)
+    flags = dict.fromkeys(kinds(Run), 64) | {"prompt": PROMPT, "task": TASKS["os"]}
+    run = Run(**flags)
     actor = Actor(words)
     (played,) = closed_loop(actor, run, [Record(3, "Count the files.")])
     assert played.turns[1:3] == ["off: 8", "Act: answer(off: 8)"]

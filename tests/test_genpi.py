@@ -36,6 +36,27 @@ def test_a_record_may_fill_the_context_to_its_last_token(chat):
     assert len(genpi.training_sequences(chat, PROMPT, [RECORD], 1.0)[0]) == 1  # SFT is shorter
 
 
+LONG = replace(RECORD, reason="so " * 300)
+TOO_LONG = replace(RECORD, pseudo_input="x" * 2000)
+
+
+@pytest.mark.parametrize(
+    ("record", "lam", "cause", "cure"),
+    [
+        (LONG, 0.7, "prompt and reason are too long", "--lam 1"),
+        (replace(RECORD, no_reason=True), 0.7, "prompt and reason are too long", "--lam 1"),
+        (TOO_LONG, 0.7, "the conversations are too long", "--max-turns"),
+        (TOO_LONG, 1.0, "the conversations are too long", "--max-turns"),
+        (replace(RECORD, overlong=True), 1.0, "the conversations are too long", "--max-turns"),
+    ],
+)
+def test_no_record_fits(chat, record, lam, cause, cure):
+    """The error names what is too long, and a cure that is possible with these flags."""
+    with pytest.raises(ValueError, match=f"no record fits.*{cause}.*{cure}.*another --out") as told:
+        genpi.training_sequences(chat, PROMPT, [record], lam)
+    assert ("--lam" in str(told.value)) == (cure == "--lam 1")
+
+
 @pytest.mark.parametrize(("lam", "left"), [(0.7, ["a"]), (1.0, ["a", "c"])])
 def test_records_that_are_not_whole_are_left_out(chat, lam, left):
     """Overlong conversations are never trained on, those without a reason by SFT alone."""

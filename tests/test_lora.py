@@ -331,7 +331,8 @@ def edited(folder: Path, **changes) -> Path:
         ({"target_modules": ["q_proj"]}, r"is \(4, 48\) in the file, None in the model"),
         ({"target_modules": ["q_proj", "lm_head"]}, "in the file, None in the model"),
         ({"use_dora": True}, "use_dora is not supported"),
-        ({"target_modules": "all-linear"}, "must hold r, lora_alpha, target_modules"),
+        ({"target_modules": "all-linear"}, "'all-linear' is not a proper list"),
+        ({"peft_type": "IA3"}, "peft_type IA3 is no LORA"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, changes, message):

@@ -23,6 +23,7 @@ import lora
 import runs
 import train
 from chat import Chat
+from files import read_json, write_json
 from loss import IGNORE, Sequence, pg_messages, pg_sequence, sft_sequence
 from model import Config, Llama
 from prompt import ASSISTANT, END, START, TASKS, conversation, message, parse_prompt
@@ -267,8 +268,8 @@ def default(checkpoint, tmp_path_factory) -> SimpleNamespace:
     """What the command without a setting hands to synthesis and training, and its run folder."""
     folder = tmp_path_factory.mktemp("default")
     model = Path(shutil.copytree(checkpoint, folder / "model"))
-    config = runs.read_json(model / "config.json")
-    runs.write_json(model / "config.json", config | {"max_position_embeddings": 16384})
+    config = read_json(model / "config.json")
+    write_json(model / "config.json", config | {"max_position_embeddings": 16384})
     (folder / "os.txt").write_text(PROMPT.text)
     found = SimpleNamespace(out=folder / "run")
 

@@ -79,17 +79,34 @@ def test_one_process_needs_no_team():
     assert team() == (0, 1) and own_share(sequences) is sequences and means.tolist() == [1, 1]
 
 
+def listing(folder: Path) -> Path:
+    """genpi.py with given pseudo inputs, since random weights write none."""
+    script = folder / "listing.py"
+    script.write_text(
+        "import sys, genpi, synth\n"
+        "synth.more_inputs = lambda *_: ['a b', 'c d', 'e f', 'g h']\n"
+        "sys.exit(genpi.main())\n"
+    )
+    return script
+
+
+def test_a_mistake_under_torchrun_is_one_line(tmp_path, checkpoint):
+    """What every process finds wrong is said by the first alone."""
+    (tmp_path / "p.txt").write_text("Say yes.")
+    flags = [f"--model={checkpoint}", f"--out={tmp_path / 'run'}", "--device=cpu", "--rank=999"]
+    flags.append(f"--prompt={tmp_path / 'p.txt'}")
+    done = torchrun(HERE.parent / "genpi.py", *flags)
+    assert done.returncode != 0 and done.stderr.count("error: rank 999") == 1
+
+
 def test_the_whole_command_under_torchrun(tmp_path, checkpoint):
     """Two processes make one run: every record, step and file once, and a report at the end."""
     out, prompt = tmp_path / "run", tmp_path / "p.txt"
     prompt.write_text("Say yes.")
-    out.mkdir()
-    inputs = {"rounds": 1, "fruitless": 0, "seconds": 0.0, "inputs": ["a b", "c d", "e f", "g h"]}
-    (out / "inputs.json").write_text(json.dumps(inputs))
     sizes = "--samples=3 --held-out=1 --epochs=2 --batch=2 --rank=2".split()
     sizes += "--max-new-tokens=8 --max-reason-tokens=8".split()
     where = [f"--model={checkpoint}", f"--prompt={prompt}", f"--out={out}", "--device=cpu"]
-    done = torchrun(HERE.parent / "genpi.py", *where, *sizes)
+    done = torchrun(listing(tmp_path), *where, *sizes)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]

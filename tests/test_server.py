@@ -253,12 +253,17 @@ def test_a_server_that_is_not_there(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("drip", [b"", b" "])
-def test_the_time_limit(monkeypatch, drip):
-    """A server that is silent, or sends a byte now and then, is given up after --timeout."""
+OK = b"HTTP/1.0 200 OK\r\n"
+
+
+@pytest.mark.parametrize(("head", "drip"), [(b"", b""), (OK, b"X"), (OK + b"\r\n", b" ")])
+def test_the_time_limit(monkeypatch, head, drip):
+    """A server that is silent, or sends a byte of a header or of its answer now and then, is given
+    up after --timeout.
+    """
 
     def give(self, content):
-        self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n" if drip else b"")
+        self.wfile.write(head)
         for _ in range(5):
             time.sleep(0.1)
             self.wfile.write(drip)
@@ -267,6 +272,13 @@ def test_the_time_limit(monkeypatch, drip):
     with serving(lambda body, nth: b"") as server:
         with pytest.raises(ValueError, match="no answer within --timeout 0.2 s .7 tries"):
             list(speak(server.url, timeout=0.2))
+
+
+@pytest.mark.parametrize(("key", "kept"), [(KEY, "It is [key]."), ("EMPTY", "It is EMPTY.")])
+def test_a_key_that_is_echoed(key, kept):
+    """A server that says the key does not get it into a record; what is no secret is a word."""
+    with serving(lambda body, nth: said(f"It is {key}.")) as server:
+        assert list(speak(server.url, key=key)) == [(0, kept, True)]
 
 
 REFUSED = {401: "OPENAI_API_KEY", 403: "another key", 404: "/v1", 400: "its log", 422: "its log"}

@@ -13,6 +13,8 @@ import runs
 import show
 import synth
 from chat import Chat
+from checkpoint import fingerprint
+from files import write_json, write_rows
 from loss import IGNORE
 from prompt import parse_prompt
 from runs import Record
@@ -37,15 +39,15 @@ def folder(tmp_path):
 
 
 def make_run(out, records):
-    out.mkdir()
-    (out / "prompt.txt").write_text(PROMPT)
     args = genpi.parse_flags(["--samples", "2", "--held-out", "1", "--out", str(out)])
     args.max_new_tokens = 128
-    known = {"model_sha256": runs.fingerprint(TINY)}
-    runs.open_run(args, parse_prompt(PROMPT), known)
+    prompt = parse_prompt(PROMPT)
+    known = {"model_sha256": fingerprint(TINY), "prompt_sha256": runs.text_hash(prompt.text)}
+    with runs.open_run(args, prompt, known):
+        pass
     state = {"rounds": 1, "fruitless": 0, "seconds": 0.0}
-    runs.write_json(out / "inputs.json", state | {"inputs": [r.pseudo_input for r in records]})
-    runs.write_rows(out / "data.jsonl", [asdict(record) for record in records])
+    write_json(out / "inputs.json", state | {"inputs": [r.pseudo_input for r in records]})
+    write_rows(out / "data.jsonl", [asdict(record) for record in records])
     return out
 
 
@@ -197,7 +199,7 @@ def test_a_reader_that_has_seen_enough(folder):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(args, cwd=TINY.parent, **pipes) as process:
         process.stdout.close()
-        assert (process.stderr.read(), process.wait()) == (b"", 0)
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 @pytest.fixture
@@ -227,8 +229,8 @@ def test_a_run_begun_with_the_same_flags(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(genpi.lora, "save_adapter", lambda *_, **__: None)
     monkeypatch.setattr(genpi, "report", lambda *_: None)
     assert call(capsys, *flags)[0] == 0
-    path = tmp_path / "run" / "data.jsonl"
-    path.write_text(path.read_text().replace("Count to 3.", "Count to 4."))
+    for path in (tmp_path / "run" / "data.jsonl", tmp_path / "run" / "inputs.json"):
+        path.write_text(path.read_text().replace("Count to 3.", "Count to 4."))
     before = {p: p.read_bytes() for p in path.parent.iterdir()}
     assert "Count to 4." in call(capsys, *flags, "--show")[1]
     assert "Count to 3." in call(capsys, *flags, "--seed", 1, "--show")[1]

@@ -22,6 +22,7 @@ from synth import (
     quality,
     reasons,
     role_play,
+    say_next,
     synthesise,
     synthesise_wave,
 )
@@ -96,6 +97,14 @@ def test_the_turn_limit_ends_a_conversation():
     record = played(lambda m: LIST, lambda m: "more", 3)
     assert record.turns == [LIST, "more", LIST, "more", LIST]
     assert record.hit_limit and record.no_final_action and not record.no_end_token
+
+
+def test_a_huge_turn_limit_costs_nothing(monkeypatch):
+    """Once all conversations have ended, no further turn is gone through."""
+    asked = []
+    monkeypatch.setattr(synth, "say_next", lambda *args: asked.append(args) or say_next(*args))
+    played(lambda m: "Act: finish", lambda m: END, max_turns=10**6)
+    assert len(asked) == 2  # the agent's turn and the environment's
 
 
 @pytest.mark.parametrize("max_turns", [10, 2])
