@@ -20,8 +20,8 @@ from runs import read_json
 
 CURE = "download it again"
 FILES = (
-    "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja "
-    "special_tokens_map.json *.safetensors *.safetensors.index.json"
+    "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.json "
+    "chat_template.jinja special_tokens_map.json *.safetensors *.safetensors.index.json"
 ).split()
 IGNORED = ["*/*", "consolidated*"]  # the same weights once more, in another layout
 
@@ -51,7 +51,8 @@ def find_folder(path_or_id: str) -> Path:
 def read_settings(folder: Path) -> dict:
     """What the small files of a checkpoint say: BOS, EOS and, "" if it has none, chat_template."""
     settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json"):
+    for part in ("special_tokens_map", "tokenizer_config", "chat_template", "generation_config"):
+        name = f"{part}.json"
         if (folder / name).is_file():
             settings |= read_json(folder / name, CURE)
     file = folder / "chat_template.jinja"
@@ -66,15 +67,22 @@ def read_settings(folder: Path) -> dict:
     return settings | {"chat_template": template}
 
 
+def token_names(settings: dict) -> dict[str, str]:
+    """What a checkpoint calls its special tokens: bos_token, eos_token, ... -> a name."""
+    found = {slot: name for slot, name in settings.items() if slot.endswith("_token")}
+    found = {k: name["content"] if isinstance(name, dict) else name for k, name in found.items()}
+    return {slot: name for slot, name in found.items() if isinstance(name, str)}
+
+
 # --------------------------------------------------------------------------------- tokenizer.json
 
 
-def read_tokenizer(folder: Path, settings: dict) -> tuple[Tokenizer, dict, tuple[str, str]]:
+def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict, tuple[str, str]]:
     """A tokenizer that neither adds control tokens nor finds them in text, their ids, and the rule
     for a leading space. Raises: ValueError for a damaged tokenizer.json."""
     parsed = read_json(folder / "tokenizer.json", CURE)
     try:
-        control = control_tokens(parsed.get("added_tokens") or [], settings)
+        control = control_tokens(parsed.get("added_tokens") or [])
         space_rule = take_space(parsed)
         parsed |= {"truncation": None, "padding": None}
         tokenizer = Tokenizer.from_str(json.dumps(parsed))
@@ -84,17 +92,11 @@ def read_tokenizer(folder: Path, settings: dict) -> tuple[Tokenizer, dict, tuple
     return tokenizer, control, space_rule
 
 
-def control_tokens(added: list[dict], settings: dict) -> dict[str, int]:
-    """Name -> id of the control tokens, with <bos> and <eos>; flags those that lack the flag."""
+def control_tokens(added: list[dict]) -> dict[str, int]:
+    """Name -> id of the control tokens; flags those that lack the flag."""
     for token in added:  # some fine-tuned models do not flag what they added
         token["special"] |= bool(re.fullmatch(r"<\|\w+\|>", token["content"]))
-    control = {token["content"]: token["id"] for token in added if token["special"]}
-    for slot, usual in (("bos", "<|begin_of_text|>"), ("eos", "</s>")):
-        name = settings.get(f"{slot}_token") or usual
-        name = name["content"] if isinstance(name, dict) else name
-        if name in control:
-            control[f"<{slot}>"] = control[name]
-    return control
+    return {token["content"]: token["id"] for token in added if token["special"]}
 
 
 def take_space(parsed: dict) -> tuple[str, str]:

@@ -46,7 +46,7 @@ FIXED = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inferen
 UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
                "modules_to_save", "lora_bias")  # fmt: skip
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-          "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+          "special_tokens_map.json", "chat_template.json", "chat_template.jinja")  # fmt: skip
 
 
 class LoRALinear(nn.Module):
