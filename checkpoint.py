@@ -128,6 +128,14 @@ def take_space(parsed: dict) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------ config.json
 
 
+FAMILIES = {  # the models that are read, and what each means by a field that is not there
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 4096},
+    "Qwen2ForCausalLM": {"qkv_bias": True},
+    "Qwen3ForCausalLM": {"qk_norm": True, "head_dim": 128},
+}
+
+
 def set_fields(d: dict) -> dict:
     """The fields of a config.json that have a value, those of RoPE among them.
 
@@ -138,8 +146,11 @@ def set_fields(d: dict) -> dict:
         raise ValueError(f"config.json: rope_scaling = {rope}, an object is needed")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rope = rope | {"rope_type": kind}
-    if d.get("architectures") == ["MistralForCausalLM"]:
-        d = {"sliding_window": 4096} | d  # what it means if the field is not there
+    family = d.get("architectures") or [f"{d.get('model_type', 'llama')}".title() + "ForCausalLM"]
+    unsaid = next((fields for name, fields in FAMILIES.items() if family == [name]), {})
+    d = unsaid | d | {"architectures": family}
+    if d.get("use_sliding_window") is False:  # Qwen names a window even where it has none
+        d["sliding_window"] = None
     fields = d | rope | {"rope_scaling": None if kind == "default" else rope}
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -155,7 +166,7 @@ ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
 COUNT = (lambda x: isinstance(x, int) and x > 0, "a positive integer")
 NUMBER = (lambda x: isinstance(x, int | float) and 0 < x < math.inf, "a positive number")
 ALLOWED = {  # field of config.json: a test of its value, and what passes
-    "architectures": one_of(["LlamaForCausalLM"], ["MistralForCausalLM"]),
+    "architectures": one_of(*([family] for family in FAMILIES)),
     "hidden_act": one_of("silu"),
     "attention_bias": one_of(False),
     "mlp_bias": one_of(False),

@@ -180,8 +180,9 @@ def merge(
     config = _source_config(folder, source) if folder is not None else None
     for name, layer in reversed(list(model.named_modules())):  # a layer's base before the layer
         if isinstance(layer, NF4Linear):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
             plain.weight = nn.Parameter(dequantize_nf4(layer.nf4), requires_grad=False)
+            plain.bias = layer.bias
             model.set_submodule(name, plain)
         elif isinstance(layer, LoRALinear):
             weight = layer.base.weight
