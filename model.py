@@ -380,7 +380,7 @@ def load_model(
 ) -> tuple[Llama, Chat]:
     """Load a checkpoint folder or Hub id, frozen, in evaluation mode.
 
-    dtype: None is bfloat16 on CUDA and float32 elsewhere. bits = 4 turns the linear layers of the
+    dtype: None is what default_dtype says. bits = 4 turns the linear layers of the
     blocks into NF4 as they arrive, so that the host never holds more than one tensor of the file.
 
     Raises: ValueError, in one line, for whatever is missing, malformed or not supported.
@@ -389,7 +389,7 @@ def load_model(
         raise ValueError(f"bits = {bits} is not supported, only 4 or 16")
     folder = find_folder(str(path_or_id))
     device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or default_dtype(device)
     config, chat = read_shape(folder)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
@@ -404,6 +404,14 @@ def load_model(
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.to(device).eval(), chat
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """float32 off CUDA; on it bfloat16, or float16 on a GPU that has no bfloat16 (T4, V100)."""
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def read_shape(folder: Path) -> tuple[Config, Chat]:

@@ -23,6 +23,7 @@ from model import (
     attention_by_definition,
     cached_attention,
     causal_attention,
+    default_dtype,
     load_model,
     rotate,
 )
@@ -282,6 +283,32 @@ def test_the_base_is_frozen(folder):
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.model.frequencies.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "expected"),
+    [("cpu", False, "float32"), ("cuda", True, "bfloat16"), ("cuda", False, "float16")],
+)
+def test_a_gpu_without_bfloat16_gets_float16(device, native, expected, monkeypatch):
+    """Emulated bfloat16 does not count: a T4 has it, at a fraction of its speed."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    assert default_dtype(torch.device(device)) == getattr(torch, expected)
+
+
+@pytest.mark.parametrize("name", ["grouped", "qwen2", "qwen3"])
+def test_float16_gives_the_logits_nearly(name, tmp_path):
+    """A norm squares in float32 (300 squared is more than float16 holds); scores stay in range."""
+    folder = checkpoint(tmp_path, name)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 300  # the stream of a real model has such outliers
+    save_file(tensors, folder / "model.safetensors")
+    ids = load_file(folder / "expected.safetensors")["ids"]
+    half, whole = (load_model(folder, dtype=dtype)[0](ids) for dtype in (torch.half, torch.float))
+    assert (half.float() - whole).norm() < 0.01 * whole.norm()
 
 
 def test_tied_embeddings_are_one_tensor(tmp_path):
