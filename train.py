@@ -57,7 +57,7 @@ from runs import (
     write_rows,
 )
 
-# Most gradients of a mean over thousands of tokens are below 6e-8, the smallest number of float16
+# in a mean over 40,000 tokens a token's gradient is below 6e-5, where float16 loses digits
 LOSS_SCALE = {torch.float16: 4096}
 
 

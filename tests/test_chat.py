@@ -2,7 +2,8 @@
 
 fixtures/model/chat holds, for each format, a small tokenizer of the kind that its models have, the
 published template, and the ids that transformers' apply_chat_template makes of some conversations;
-fixtures/make_model_fixtures.py made them.
+fixtures/make_model_fixtures.py made them. fixtures/templates holds a dozen more formats in our own
+words, with ids of random conversations, by fixtures/make_chat_fixtures.py.
 """
 
 import json
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer
 from chat import Chat
 
 FIXTURES = Path(__file__).parent / "fixtures" / "model" / "chat"
+TEMPLATES = FIXTURES.parent.parent / "templates"
+FORMATS = json.loads((TEMPLATES / "formats.json").read_text(encoding="utf-8"))
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 SPECIALS = "<|eot_id|><|im_end|></s>[INST]<s><|start_header_id|>system<|im_start|>[/INST]"
 
@@ -60,6 +63,20 @@ def edit(folder: Path, change) -> Path:
 def test_ids_are_those_of_the_published_template(name, case):
     """encode() gives the ids of transformers' apply_chat_template."""
     assert chat(name).encode(case["messages"], case["reply"])[0] == case["ids"]
+
+
+@pytest.mark.parametrize("name", FORMATS["settings"])
+def test_ids_of_random_conversations_are_those_of_transformers(name, tmp_path):
+    """Twelve formats, each cut at the markers, give what rendering the whole conversation gives."""
+    shutil.copy(TEMPLATES / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(FORMATS["settings"][name]))
+    talk = Chat(tmp_path, 64)
+    compared = 0
+    for messages, ids in zip(FORMATS["conversations"], FORMATS["ids"][name], strict=True):
+        if ids is not None:
+            assert talk.encode(messages, reply=messages[-1]["role"] == "user")[0] == ids
+            compared += 1
+    assert compared >= 3
 
 
 def test_the_name_of_a_format_is_what_it_writes(tmp_path):
