@@ -10,10 +10,11 @@ place of each content, the text is cut at the markers. encode() guarantees:
     BOS stands where the template writes it: once, in front (Llama 2: before every user turn).
 
 Left out: tool calls, thinking, and the branches of a template that look into a content: they see
-the marker, which is not empty, not JSON, no tag. Departures from templates, since an adapter must mean the same on every day and in every
-turn: where one asks for today's date (Llama 3.2) it gets a fixed one; a system text that one moves
-to the last user turn (Mistral v3), or refuses, stands in the first; the empty thought that one puts
-before a reply (Qwen3), and takes away when the next turn begins, stays.
+the marker, which is not empty and holds no tag. Departures from templates, since an adapter must
+mean the same on every day and in every turn: where one asks for today's date (Llama 3.2) it gets a
+fixed one; a system text that one moves to the last user turn (Mistral v3), or refuses, stands in
+the first; the empty thought that one puts before a reply (Qwen3), and takes away when the next turn
+begins, stays.
 """
 
 import json
