@@ -1,90 +1,153 @@
 """Tokenizer and chat format: a conversation becomes token ids, each with the message that wrote it.
 
-A chat format puts a header before each message and an end of turn behind it. Five published ones
-are written down as data below and tested against the models' own templates. encode() guarantees:
+A chat format puts a header before each message and an end of turn behind it. It is read off the
+checkpoint's own chat_template, a Jinja program from messages to text: rendered with a marker in the
+place of each content, the text is cut at the markers. encode() guarantees:
 
     ids and owners are made together, so that ids and loss mask cannot drift apart;
     what a user writes is never a control token, whatever it spells;
     what encode(reply=True) returns is a prefix of the same conversation with the reply;
-    BOS stands once, in front (Llama 2: before every user turn; Zephyr and most of ChatML: nowhere).
+    BOS stands where the template writes it: once, in front (Llama 2: before every user turn).
 
-Left out: tool calls, Jinja. Two departures from templates, because an adapter must mean the same on
-every day and in every turn: where one asks for today's date (Llama 3.2) its fallback date stands,
-and where one moves the system text to the last user turn (Mistral v3) it stays in the first.
+Left out: tool calls, thinking, and the branches of a template that look into a content: they see
+the marker, which is not empty and holds no tag. Departures from templates, since an adapter must
+mean the same on every day and in every turn: where one asks for today's date (Llama 3.2) it gets a
+fixed one; a system text that one moves to the last user turn (Mistral v3), or refuses, stands in
+the first; the empty thought that one puts before a reply (Qwen3), and takes away when the next turn
+begins, stays.
 """
 
+import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import read_settings, read_tokenizer
+from jinja2 import TemplateError
+from jinja2.ext import LoopControlExtension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-ROLES = ("system", "user", "assistant")
+from checkpoint import read_settings, read_tokenizer, token_names
+from runs import text_hash
 
-# ---------------------------------------------------------------------------------------- formats
+# --------------------------------------------------------------------------------------- template
 
-
-class Turn(NamedTuple):
-    """How a message stands in a conversation."""
-
-    header: str  # before it, nobody's words; ROLE is the role
-    written: str  # what its author writes, end of turn included; {} is the content
-    footer: str = ""  # behind it, nobody's words
-
-
-@dataclass(frozen=True)
-class Format:
-    """A chat format. Control tokens of the vocabulary become one id wherever its strings name them,
-    <bos> and <eos> stand for the two that every checkpoint names itself; the rest is text."""
-
-    name: str
-    marks: str  # what names it in a template (in the vocabulary, if there is no template)
-    turns: dict[str, Turn]  # if "system" is not there, that text goes into the first user turn
-    begin: str = ""
-    trimmed: tuple[str, ...] = ()  # roles whose content loses the white space around it
-    system: str | None = None  # the system text of a conversation without one
-    preamble: str = ""  # opens every system text
-    fold: tuple[str, str] = ("", "\n\n")  # around a system text in the first user turn
+CURE = "write one for plain chats into its chat_template.jinja"
+TODAY = date(2024, 7, 26)  # which Llama 3.2's template takes where there is no clock
+UNTOLD = {  # without a template the vocabulary must tell: a control token of it -> the format
+    "<|start_header_id|>": "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}"
+    "<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' if add_generation_prompt }}",
+    "<|im_start|>": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{{ '<|im_start|>assistant\n' if add_generation_prompt }}",
+    "[INST]": "<s>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}",
+}
+# a content: a letter that no text has, between white space that no template writes
+FIRST, SECOND, THIRD = "\v\ue000\v", "\v\ue001\v", "\v\ue002\v"
+LETTER = re.compile("[\ue000-\ue002]")
 
 
-FORMATS = (
-    Format("llama-3", "<|start_header_id|>", begin="<bos>", trimmed=ROLES, turns=dict.fromkeys(
-        ROLES, Turn("<|start_header_id|>ROLE<|end_header_id|>\n\n", "{}<|eot_id|>"))),
-    Format("chatml", "<|im_start|>", turns=dict.fromkeys(
-        ROLES, Turn("<|im_start|>ROLE\n", "{}<|im_end|>", "\n"))),
-    Format("zephyr", "<|user|> <|assistant|> eos_token", turns=dict.fromkeys(
-        ROLES, Turn("<|ROLE|>\n", "{}<eos>", "\n"))),
-    Format("llama-2", "[INST] <<SYS>>", trimmed=("user", "assistant"),
-        turns={"user": Turn("<bos>[INST] ", "{}", " [/INST]"), "assistant": Turn("", " {} <eos>")},
-        fold=("<<SYS>>\n", "\n<</SYS>>\n\n")),
-    Format("mistral", "[INST]", begin="<bos>",
-        turns={"user": Turn("[INST] ", "{}", "[/INST]"), "assistant": Turn("", " {}<eos>")}),
-)  # fmt: skip
-DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+class Gap(NamedTuple):
+    """What stands between two contents."""
+
+    end: str  # the end of turn, by the author of the first
+    header: str  # nobody's words
+    start: str  # before the second, by its author
+    trims: tuple[bool, bool]  # does the second lose the white space on its left, on its right?
 
 
-def variant(style: Format, template: str) -> Format:
-    """A format as one release writes it, read off that release's template."""
-    if style.name == "llama-3" and "Cutting Knowledge Date" in template:
-        # from 3.1 on there always is a system turn, and it opens with two dates
-        return replace(style, system="", preamble=DATES)
-    if style.name == "chatml":  # some spell out a default system text
-        system = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}]*)<\|im_end\|>", template)
-        begin = "<bos>" if "bos_token" in template else ""
-        return replace(style, begin=begin, system=system and system[1])
-    if style.name != "mistral" or not template:
-        return style
-    # Mistral's releases differ in white space
-    header = re.search(r"""['"]( ?\[INST\] ?)['"]""", template)
-    footer = re.search(r"""['"]( ?\[/INST\])['"]""", template)
-    reply = re.search(r"""(['"] ['"] \+ )?message\[.content.\](\|trim)? \+ eos_token""", template)
-    user = Turn(header[1] if header else "[INST] ", "{}", footer[1] if footer else "[/INST]")
-    assistant = Turn("", "{}<eos>" if reply and not reply[1] else " {}<eos>")
-    trimmed = ("assistant",) if reply and reply[2] else ()
-    return replace(style, turns={"user": user, "assistant": assistant}, trimmed=trimmed)
+def compile_template(source: str, names: dict[str, str]) -> Callable[..., str]:
+    """Make a template a function, as transformers does; it may use names, as of eos_token."""
+
+    def refuse(why: str):
+        raise TemplateError(why)
+
+    # {% generation %} is no Jinja: it tells transformers' trainer what the assistant wrote
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source)
+    options = {"trim_blocks": True, "lstrip_blocks": True, "extensions": [LoopControlExtension]}
+    jinja = ImmutableSandboxedEnvironment(**options)
+    jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    known = names | {"raise_exception": refuse, "strftime_now": TODAY.strftime}
+    return partial(jinja.from_string(source, known).render, enable_thinking=False, tools=None)
+
+
+def cut(render: Callable, *messages: tuple[str, str], reply: bool = False) -> list[str]:
+    """The texts before, between and behind the contents of rendered messages (role, content).
+
+    Raises: ValueError if not every content is there, once and in order.
+    """
+    said = [{"role": role, "content": content} for role, content in messages]
+    rendered = render(messages=said, add_generation_prompt=reply)
+    if LETTER.findall(rendered) != LETTER.findall("".join(content for _, content in messages)):
+        raise ValueError("it drops, repeats or moves a message")
+    return LETTER.split(rendered)
+
+
+def read_gaps(render: Callable, control: re.Pattern) -> dict[tuple[str | None, str | None], Gap]:
+    """Read a chat format off its template: (role, next role) -> Gap, where None is begin or end.
+
+    Raises: ValueError, or what the template raises, if it is of no use for conversations.
+    """
+    asked = cut(render, ("user", FIRST), reply=True)
+    unanswered = cut(render, ("user", FIRST))
+    answered = cut(render, ("user", FIRST), ("assistant", SECOND))
+    longer = cut(render, ("user", FIRST), ("assistant", SECOND), ("user", THIRD))
+    try:
+        system = cut(render, ("system", FIRST), ("user", SECOND), reply=True)
+    except (TemplateError, ValueError):  # refused or dropped
+        system = cut(render, ("user", f"{FIRST}\n\n{SECOND}"), reply=True)
+    texts = {  # the text before the second content, and the one behind it
+        (None, "user"): asked,
+        (None, "system"): system,
+        ("system", "user"): system[1:],
+        ("user", "assistant"): longer[1:],
+        ("assistant", "user"): longer[2:],
+        ("user", None): [unanswered[1], ""],
+        ("assistant", None): [answered[2], ""],
+    }
+    stop = control.search(answered[2])
+    gaps = {}
+    for roles, (before, behind, *_) in texts.items():
+        text = before.strip("\v")
+        start = ""
+        if roles == ("user", "assistant"):
+            text, start = reply_header(asked[1].strip("\v"), text)
+        first = control.search(text)
+        end = text[: first.end()] if first and stop and first[0] == stop[0] else ""
+        trims = not before.endswith("\v"), not behind.startswith("\v")  # a marker has lost its own
+        gaps[roles] = Gap(end, text[len(end) :], start, trims)
+    if not (gaps["assistant", "user"].end and gaps["assistant", None].end):
+        raise ValueError("it writes no end of turn, a control token, behind a reply")
+    return gaps
+
+
+def reply_header(prompt: str, history: str) -> tuple[str, str]:
+    """What a template asks for a reply with, and what it writes before one -> header, start.
+
+    White space that it adds to the prompt (Llama 2) is for the model to write.
+    """
+    more = history[len(prompt) :] if history.startswith(prompt) else ""
+    return (prompt + more, "") if more.strip() else (prompt, more)
+
+
+def read_format(folder: Path, settings: dict, control: dict[str, int], names: re.Pattern) -> dict:
+    """The gaps of a checkpoint's template. Raises: ValueError for one that cannot be used."""
+    source = settings["chat_template"] or next((UNTOLD[c] for c in UNTOLD if c in control), "")
+    try:
+        gaps = read_gaps(compile_template(source, token_names(settings)), names)
+        headers = "".join(gap.header for gap in gaps.values())
+        for name in re.findall(r"<\|(?!system|user|assistant)\w+\|>", headers):
+            if name not in control:
+                raise ValueError(f"the tokenizer lacks its {name}")
+    except Exception as error:  # a template can raise whatever a program can
+        why = " ".join(str(error).split()) if source else "there is none"
+        raise ValueError(f"{folder}: its chat template is of no use: {why}; {CURE}") from None
+    return gaps
 
 
 # ------------------------------------------------------------------------------------------- chat
@@ -98,8 +161,7 @@ class Chat:
 
     tokenizer  a tokenizers.Tokenizer, to which the names of control tokens are text like any other
     control    name -> id of the control tokens
-    format     name of the chat format; style is the format itself
-    bos        id of the begin-of-text token, None in a format without one
+    gaps       the chat format; format is a hash of it
     stops      ids that end a reply
     context    how many tokens the model can read
     """
@@ -108,16 +170,14 @@ class Chat:
         folder = Path(folder)
         settings = read_settings(folder)
         self.context = context
-        self.tokenizer, self.control, self.space_rule = read_tokenizer(folder, settings)
+        self.tokenizer, self.control, self.space_rule = read_tokenizer(folder)
         self.names = re.compile(f"({'|'.join(map(re.escape, self.control))})")
-        self.style = recognise(settings["chat_template"], self.control, folder)
-        self.format = self.style.name
-        opening = self.style.begin + self.style.turns["user"].header
-        self.bos = self.control["<bos>"] if "<bos>" in opening else None
-        written = self.split(self.style.turns["assistant"].written, -1)
+        self.gaps = read_format(folder, settings, self.control, self.names)
+        self.format = text_hash(repr(self.gaps))[:8]
         eos = settings.get("eos_token_id") or []
         eos = set(eos if isinstance(eos, list) else [eos])
-        self.stops = eos | {what for what, _ in written if isinstance(what, int)}
+        end = self.split(self.gaps["assistant", None].end, -1)
+        self.stops = eos | {what for what, _ in end if isinstance(what, int)}
 
     def encode(self, messages: list[dict], reply: bool = False) -> tuple[list[int], list[int]]:
         """Return the ids of a conversation and the owner of each: the index of its message, or -1.
@@ -130,9 +190,9 @@ class Chat:
             owner        -1    -1     0     0    0    0       -1      1    1
             reply=True: the first message alone ends here, ------^ where the assistant writes
 
-        Raises: ValueError for roles, or an order of roles, that the format does not know.
+        Raises: ValueError for roles, or an order of roles, that is none of a chat.
         """
-        check_roles([message["role"] for message in messages], "system" in self.style.turns)
+        check_roles([message["role"] for message in messages])
         owned = []  # (id, owner)
         fresh = True  # the next text comes first, or after a control token
         pieces = self.pieces(messages, reply)
@@ -155,35 +215,20 @@ class Chat:
 
     def pieces(self, messages: list[dict], reply: bool) -> Iterator[Piece]:
         """Yield a conversation as it stands before tokenisation."""
-        style = self.style
-        turns = list(enumerate(messages))
-        opening = [(style.preamble, -1)]  # of the first turn's content
-        has_system = messages[0]["role"] == "system"
-        if has_system and "system" not in style.turns:
-            _, system = turns.pop(0)
-            opening = [(style.fold[0], -1), (system["content"], 0), (style.fold[1], -1)]
-        elif not has_system and style.system is not None:
-            turns.insert(0, (-1, {"role": "system", "content": style.system}))
-        yield from self.split(style.begin, -1)
-        for index, message in turns:
-            role = message["role"]
-            content = message["content"]
-            header, written, footer = style.turns[role]
-            start, end = written.split("{}")
-            if role in style.trimmed:
-                # templates strip a turn as a whole, where a folded system text shields the left
-                content = content.rstrip() if len(opening) > 1 else content.strip()
-            yield from self.split(header.replace("ROLE", role), -1)
-            if role == "assistant":
+        roles = [None, *(message["role"] for message in messages), "assistant" if reply else None]
+        for index, pair in enumerate(pairwise(roles)):
+            gap = self.gaps[pair]
+            yield from self.split(gap.end, index - 1)
+            yield from self.split(gap.header, -1)
+            if index == len(messages):
+                return
+            if pair[1] == "assistant":
                 yield CUT, -1  # as at generation, where the header is given and the reply is not
-            yield from self.split(start, index)
-            yield from (*opening, (content, index))
-            yield from self.split(end, index)
-            yield from self.split(footer, -1)
-            opening = []
-        if reply:
-            header = style.turns["assistant"].header.replace("ROLE", "assistant")
-            yield from self.split(header, -1)
+            yield from self.split(gap.start, index)
+            content = messages[index]["content"]
+            left, right = gap.trims
+            content = content.lstrip() if left else content
+            yield content.rstrip() if right else content, index
 
     def split(self, text: str, owner: int) -> Iterator[Piece]:
         """Yield the texts and control tokens in a string of the format."""
@@ -203,33 +248,8 @@ class Chat:
         return [(i, owners[last]) for i, last in zip(encoding.ids, last_letters, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------ checks
-
-
-def recognise(template: str, control: dict[str, int], folder: Path) -> Format:
-    """The format of a template, or of a vocabulary if there is no template.
-
-    Raises: ValueError for a format that is not known, or whose control tokens are not there.
-    """
-    text = template or " ".join(control)
-    known = [style for style in FORMATS if all(mark in text for mark in style.marks.split())]
-    if not known:
-        names = ", ".join(style.name for style in FORMATS)
-        raise ValueError(f"{folder}: the chat format is none of those known: {names}")
-    style = variant(known[0], template)
-    strings = style.begin + "".join("".join(turn) for turn in style.turns.values())
-    for name in re.findall(r"<bos>|<eos>|<\|\w+\|>", strings.replace("<|ROLE|>", "")):
-        if name not in control:
-            raise ValueError(f"{folder}: the tokenizer lacks {name}, which {style.name} chats need")
-    return style
-
-
-def check_roles(roles: list[str], any_order: bool) -> None:
-    """Raise ValueError unless there are roles, all known, and alternating where it matters."""
-    if not roles or set(roles) - set(ROLES):
-        known = ", ".join(ROLES)
-        raise ValueError(f"roles {roles}: at least one is needed, and only {known} exist")
-    turns = roles[roles[0] == "system" :]
-    alternating = (["user", "assistant"] * len(roles))[: len(turns)]
-    if not any_order and (not turns or turns != alternating):
-        raise ValueError(f"roles {roles}: this format needs [system] user assistant user ...")
+def check_roles(roles: list[str]) -> None:
+    """Raise ValueError unless there is a user, who speaks first, and replies alternate."""
+    turns = roles[roles[:1] == ["system"] :]
+    if not turns or turns != (["user", "assistant"] * len(roles))[: len(turns)]:
+        raise ValueError(f"roles {roles}: a chat runs [system] user assistant user ...")

@@ -23,8 +23,8 @@ from files import read_json
 
 CURE = "download it again"
 FILES = (
-    "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja "
-    "special_tokens_map.json *.safetensors *.safetensors.index.json"
+    "config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.json "
+    "chat_template.jinja special_tokens_map.json *.safetensors *.safetensors.index.json"
 ).split()
 IGNORED = ["*/*", "consolidated*"]  # the same weights once more, in another layout
 
@@ -58,7 +58,8 @@ def find_folder(path_or_id: str, download: bool = True) -> Path:
 def read_settings(folder: Path) -> dict:
     """What the small files of a checkpoint say: BOS, EOS and, "" if it has none, chat_template."""
     settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json"):
+    for part in ("special_tokens_map", "tokenizer_config", "chat_template", "generation_config"):
+        name = f"{part}.json"
         if (folder / name).is_file():
             settings |= read_json(folder / name, CURE)
     file = folder / "chat_template.jinja"
@@ -71,6 +72,13 @@ def read_settings(folder: Path) -> dict:
     if isinstance(template, list):  # several with names
         template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
     return settings | {"chat_template": template}
+
+
+def token_names(settings: dict) -> dict[str, str]:
+    """What a checkpoint calls its special tokens: bos_token, eos_token, ... -> a name."""
+    found = {slot: name for slot, name in settings.items() if slot.endswith("_token")}
+    found = {k: name["content"] if isinstance(name, dict) else name for k, name in found.items()}
+    return {slot: name for slot, name in found.items() if isinstance(name, str)}
 
 
 # ------------------------------------------------------------------------------------ fingerprint
@@ -127,12 +135,12 @@ def pieces(file: BinaryIO) -> Iterator[tuple[int, int]]:
 # --------------------------------------------------------------------------------- tokenizer.json
 
 
-def read_tokenizer(folder: Path, settings: dict) -> tuple[Tokenizer, dict, tuple[str, str]]:
+def read_tokenizer(folder: Path) -> tuple[Tokenizer, dict, tuple[str, str]]:
     """A tokenizer that neither adds control tokens nor finds them in text, their ids, and the rule
     for a leading space. Raises: ValueError for a damaged tokenizer.json."""
     parsed = read_json(folder / "tokenizer.json", CURE)
     try:
-        control = control_tokens(parsed.get("added_tokens") or [], settings)
+        control = control_tokens(parsed.get("added_tokens") or [])
         space_rule = take_space(parsed)
         parsed |= {"truncation": None, "padding": None}
         tokenizer = Tokenizer.from_str(json.dumps(parsed))
@@ -142,17 +150,11 @@ def read_tokenizer(folder: Path, settings: dict) -> tuple[Tokenizer, dict, tuple
     return tokenizer, control, space_rule
 
 
-def control_tokens(added: list[dict], settings: dict) -> dict[str, int]:
-    """Name -> id of the control tokens, with <bos> and <eos>; flags those that lack the flag."""
+def control_tokens(added: list[dict]) -> dict[str, int]:
+    """Name -> id of the control tokens; flags those that lack the flag."""
     for token in added:  # some fine-tuned models do not flag what they added
         token["special"] |= bool(re.fullmatch(r"<\|\w+\|>", token["content"]))
-    control = {token["content"]: token["id"] for token in added if token["special"]}
-    for slot, usual in (("bos", "<|begin_of_text|>"), ("eos", "</s>")):
-        name = settings.get(f"{slot}_token") or usual
-        name = name["content"] if isinstance(name, dict) else name
-        if name in control:
-            control[f"<{slot}>"] = control[name]
-    return control
+    return {token["content"]: token["id"] for token in added if token["special"]}
 
 
 def take_space(parsed: dict) -> tuple[str, str]:
@@ -184,6 +186,14 @@ def take_space(parsed: dict) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------ config.json
 
 
+FAMILIES = {  # the models that are read, and what each means by a field that is not there
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"sliding_window": 4096},
+    "Qwen2ForCausalLM": {"qkv_bias": True},
+    "Qwen3ForCausalLM": {"qk_norm": True, "head_dim": 128},
+}
+
+
 def set_fields(d: dict) -> dict:
     """The fields of a config.json that have a value, those of RoPE among them.
 
@@ -194,8 +204,11 @@ def set_fields(d: dict) -> dict:
         raise ValueError(f"config.json: rope_scaling = {rope}, an object is needed")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rope = rope | {"rope_type": kind}
-    if d.get("architectures") == ["MistralForCausalLM"]:
-        d = {"sliding_window": 4096} | d  # what it means if the field is not there
+    family = d.get("architectures") or [f"{d.get('model_type', 'llama')}".title() + "ForCausalLM"]
+    unsaid = next((fields for name, fields in FAMILIES.items() if family == [name]), {})
+    d = unsaid | d | {"architectures": family}
+    if d.get("use_sliding_window") is False:  # Qwen names a window even where it has none
+        d["sliding_window"] = None
     fields = d | rope | {"rope_scaling": None if kind == "default" else rope}
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -211,7 +224,7 @@ ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": LLAMA3}
 COUNT = (lambda x: isinstance(x, int) and x > 0, "a positive integer")
 NUMBER = (lambda x: isinstance(x, int | float) and 0 < x < math.inf, "a positive number")
 ALLOWED = {  # field of config.json: a test of its value, and what passes
-    "architectures": one_of(["LlamaForCausalLM"], ["MistralForCausalLM"]),
+    "architectures": one_of(*([family] for family in FAMILIES)),
     "hidden_act": one_of("silu"),
     "attention_bias": one_of(False),
     "mlp_bias": one_of(False),

@@ -47,7 +47,7 @@ FIXED = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inferen
 UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
                "modules_to_save", "lora_bias")  # fmt: skip
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-          "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+          "special_tokens_map.json", "chat_template.json", "chat_template.jinja")  # fmt: skip
 
 
 class LoRALinear(nn.Module):
@@ -181,8 +181,9 @@ def merge(
     config = _source_config(folder, source) if folder is not None else None
     for name, layer in reversed(list(model.named_modules())):  # a layer's base before the layer
         if isinstance(layer, NF4Linear):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
             plain.weight = nn.Parameter(dequantize_nf4(layer.nf4), requires_grad=False)
+            plain.bias = layer.bias
             model.set_submodule(name, plain)
         elif isinstance(layer, LoRALinear):
             weight = layer.base.weight

@@ -28,6 +28,7 @@ from prompt import Prompt, conversation, student_messages
 from runs import Record
 
 IGNORE = -100  # a label that carries no loss
+BOOST = {torch.float16: 1024}  # times a gradient: below 6e-8 a number of float16 is 0
 SLICE = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits at a time: 32 MB and 512 MB in float32
 
 # --------------------------------------------------------------------------------------- losses
@@ -164,13 +165,15 @@ class SlicedNLL(torch.autograd.Function):
         d nll / d logits = softmax - one-hot,       d nll / d x = (softmax - one-hot) W
 
     as soon as its loss, so the forward pass keeps this (N, D) and nothing of the size of V. The
-    difference is taken in float32: near the end of training both are nearly 1.
+    difference is taken in float32: near the end of training both are nearly 1. In float16 most of
+    a softmax would be 0, so there the gradient is kept BOOST times as large.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
         nats = torch.zeros((), device=x.device)
         gradient = []
+        boost = ctx.boost = BOOST.get(x.dtype, 1)
         rows = max(1, SLICE[x.device.type] // len(W))
         for part, target in zip(x.split(rows), targets.split(rows), strict=True):
             logits = F.linear(part, W).float()
@@ -180,11 +183,11 @@ class SlicedNLL(torch.autograd.Function):
             mass = exp.sum(-1, keepdim=True)
             nats += (mass.log() - chosen).sum()
             if ctx.needs_input_grad[0]:
-                exp.div_(mass)[torch.arange(len(exp), device=x.device), target] -= 1
+                exp.div_(mass / boost)[torch.arange(len(exp), device=x.device), target] -= boost
                 gradient.append(exp.to(x.dtype) @ W)
         ctx.gradient = torch.cat(gradient) if gradient else None
         return nats
 
     @staticmethod
     def backward(ctx, dnats: Tensor):
-        return ctx.gradient * dnats, None, None
+        return ctx.gradient * (dnats / ctx.boost), None, None

@@ -12,8 +12,11 @@ only. A prefix that all rows of a batch share is stored, and read, once. Modules
 Hugging Face's checkpoints: a file loads strictly and with no renaming. What load_model returns is
 frozen; only an adapter trains.
 
-Left out: sliding windows, biases, RoPE scalings other than linear and llama3, mixtures of experts,
-checkpoints that are quantised already.
+Two families differ from LLaMA in one thing each: Qwen2 adds a bias to q, k and v, and Qwen3 divides
+q and k by their rms, head by head, before R.
+
+Left out: sliding windows, other biases, RoPE scalings other than linear and llama3, mixtures of
+experts, checkpoints that are quantised already.
 
 Letters: B rows, T new tokens, D width, H heads, K key/value heads, G = H / K, hd head width, S own
 keys in sight, P tokens of the shared prefix, L layers, V vocabulary.
@@ -55,6 +58,8 @@ class Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3
     rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ..., ...}
 
     @classmethod
@@ -188,14 +193,19 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, q_width, config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, config.qkv_bias)
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        q = rotate(self.heads(self.q_proj(x)), layout.cos, layout.sin)
-        k = rotate(self.heads(self.k_proj(x)), layout.cos, layout.sin)
+        q = rotate(self.q_norm(self.heads(self.q_proj(x))), layout.cos, layout.sin)
+        k = rotate(self.k_norm(self.heads(self.k_proj(x))), layout.cos, layout.sin)
         v = self.heads(self.v_proj(x))
         cached = layout.cache is not None
         y = cached_attention(q, k, v, layout, self.layer) if cached else causal_attention(q, k, v)
@@ -370,7 +380,7 @@ def load_model(
 ) -> tuple[Llama, Chat]:
     """Load a checkpoint folder or Hub id, frozen, in evaluation mode.
 
-    dtype: None is bfloat16 on CUDA and float32 elsewhere. bits = 4 turns the linear layers of the
+    dtype: None is what default_dtype says. bits = 4 turns the linear layers of the
     blocks into NF4 as they arrive, so that the host never holds more than one tensor of the file.
 
     Raises: ValueError, in one line, for whatever is missing, malformed or not supported.
@@ -379,7 +389,7 @@ def load_model(
         raise ValueError(f"bits = {bits} is not supported, only 4 or 16")
     folder = find_folder(str(path_or_id))
     device = torch.device(device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or default_dtype(device)
     config, chat = read_shape(folder)
     with torch.device("meta"):  # shapes without memory
         model = Llama(config)
@@ -396,6 +406,14 @@ def load_model(
     return model.to(device).eval(), chat
 
 
+def default_dtype(device: torch.device) -> torch.dtype:
+    """float32 off CUDA; on it bfloat16, or float16 on a GPU that has no bfloat16 (T4, V100)."""
+    if device.type != "cuda":
+        return torch.float32
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
 def read_shape(folder: Path) -> tuple[Config, Chat]:
     """All of a checkpoint but its weights. Raises: ValueError as load_model does."""
     config = Config.from_dict(read_json(folder / "config.json", CURE))
@@ -403,15 +421,16 @@ def read_shape(folder: Path) -> tuple[Config, Chat]:
 
 
 def set_weight(model: Llama, name: str, weight: Tensor, bits: int) -> None:
-    """Put a frozen weight in its place, as NF4 if bits = 4 and it is a linear layer of a block.
+    """Put a frozen weight or bias in its place; the matrices of blocks as NF4 if bits = 4.
 
     Raises: ValueError if a number of it is not finite.
     """
     if not weight.isfinite().all():
         raise ValueError(f"{name} is not finite in the checkpoint; {CURE}")
-    path = name.removesuffix(".weight")
+    path, _, kind = name.rpartition(".")
     module = model.get_submodule(path)
-    if bits == 4 and isinstance(module, nn.Linear) and module is not model.lm_head:
-        model.set_submodule(path, NF4Linear(quantize_nf4(weight)))
+    matrix = kind == "weight" and isinstance(module, nn.Linear)
+    if bits == 4 and matrix and module is not model.lm_head:
+        model.set_submodule(path, NF4Linear(quantize_nf4(weight), module.bias))
     else:
-        module.weight = nn.Parameter(weight, requires_grad=False)
+        setattr(module, kind, nn.Parameter(weight, requires_grad=False))

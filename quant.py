@@ -237,10 +237,11 @@ def nf4_matmul(x: Tensor, q: NF4Weight) -> Tensor:
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer without bias on an NF4Weight: x (..., K) -> (..., N)."""
+    """A frozen linear layer on an NF4Weight and maybe a plain bias (N,): x (..., K) -> (..., N)."""
 
-    def __init__(self, q: NF4Weight):
+    def __init__(self, q: NF4Weight, bias: nn.Parameter | None = None):
         super().__init__()
+        self.bias = bias
         self.out_features, self.in_features = q.shape
         self.dtype = q.dtype
         for name in ("packed", "scale_code", "scale_max", "scale_mean"):
@@ -253,7 +254,8 @@ class NF4Linear(nn.Module):
         return NF4Weight(*buffers, (self.out_features, self.in_features), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return nf4_matmul(x, self.nf4)
+        y = nf4_matmul(x, self.nf4)
+        return y if self.bias is None else y + self.bias
 
     def _apply(self, fn, recurse: bool = True):
         """Follow .to(device), but not .to(dtype) or .half(): rounded scales would be other ones."""

@@ -1,8 +1,9 @@
-"""The chat formats against the published templates, and who owns which token.
+"""Chat formats read off templates, against the published ones, and who owns which token.
 
 fixtures/model/chat holds, for each format, a small tokenizer of the kind that its models have, the
 published template, and the ids that transformers' apply_chat_template makes of some conversations;
-fixtures/make_model_fixtures.py made them.
+fixtures/make_model_fixtures.py made them. fixtures/templates holds a dozen more formats in our own
+words, with ids of random conversations, by fixtures/make_chat_fixtures.py.
 """
 
 import json
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer
 from chat import Chat
 
 FIXTURES = Path(__file__).parent / "fixtures" / "model" / "chat"
+TEMPLATES = FIXTURES.parent.parent / "templates"
+FORMATS = json.loads((TEMPLATES / "formats.json").read_text(encoding="utf-8"))
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 SPECIALS = "<|eot_id|><|im_end|></s>[INST]<s><|start_header_id|>system<|im_start|>[/INST]"
 
@@ -62,10 +65,27 @@ def test_ids_are_those_of_the_published_template(name, case):
     assert chat(name).encode(case["messages"], case["reply"])[0] == case["ids"]
 
 
-def test_each_format_is_recognised_by_its_template():
-    """The template names the format, whatever the folder is called."""
-    found = {name: chat(name).format for name in NAMES}
-    assert found == {name: name.split("-v")[0].removesuffix(".2") for name in NAMES}
+@pytest.mark.parametrize("name", FORMATS["settings"])
+def test_ids_of_random_conversations_are_those_of_transformers(name, tmp_path):
+    """Twelve formats, each cut at the markers, give what rendering the whole conversation gives."""
+    shutil.copy(TEMPLATES / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(FORMATS["settings"][name]))
+    talk = Chat(tmp_path, 64)
+    compared = 0
+    for messages, ids in zip(FORMATS["conversations"], FORMATS["ids"][name], strict=True):
+        if ids is not None:
+            assert talk.encode(messages, reply=messages[-1]["role"] == "user")[0] == ids
+            compared += 1
+    assert compared >= 3
+
+
+def test_the_name_of_a_format_is_what_it_writes(tmp_path):
+    """Another spelling of the same template has the same name, another format has another."""
+    names = {chat(name).format for name in NAMES}
+    assert len(names) == len(NAMES)
+    template = json.loads((FIXTURES / "llama-3" / "tokenizer_config.json").read_text())
+    spelling = "{# the same #}" + template["chat_template"]
+    assert Chat(copy("llama-3", tmp_path, chat_template=spelling), 64).format in names
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,8 +93,8 @@ def test_text_begins_once(name):
     """BOS stands once, in front; in Llama 2 before each user turn; in ChatML and Zephyr never."""
     ids, _ = chat(name).encode(say(None, "a", "b", "c"), reply=True)
     times = {"llama-2": 2, "chatml": 0, "zephyr": 0}.get(name, 1)
-    assert (chat(name).bos is None) == (times == 0)
-    assert ids.count(chat(name).bos) == times and (ids[0] == chat(name).bos) == (times > 0)
+    bos = chat(name).control.get("<|begin_of_text|>" if "llama-3" in name else "<s>")
+    assert ids.count(bos) == times and (ids[0] == bos) == (times > 0)
 
 
 # ---------------------------------------------------------------------------------------- ownership
@@ -164,7 +184,11 @@ def test_spaces_before_a_text():
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 PIECES = {"type": "Metaspace", "replacement": "▁", "split": False}
-NEMO = "{{ '[INST]' + x + '[/INST]' }}{{ message['content'] + eos_token }}"
+NEMO = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '[INST]' + m.content + '[/INST]' if m.role == 'user' else m.content + eos_token }}"
+    "{% endfor %}"
+)
 IM = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nfiles<|im_end|>\n"
 
 
@@ -238,18 +262,82 @@ def test_control_tokens_need_no_flag(tmp_path):
     assert talk.encode(say(None, SPECIALS)) == chat("chatml").encode(say(None, SPECIALS))
 
 
-def test_an_unknown_format_is_an_error_that_lists_the_known(tmp_path):
-    """A template that is none of the five is refused, not guessed."""
-    folder = copy("llama-2", tmp_path, chat_template="{{ 'Human: ' + messages[0]['content'] }}")
-    with pytest.raises(ValueError, match="known: llama-3, chatml, zephyr, llama-2, mistral"):
-        Chat(folder, 64)
+TURN = "{{ m.role + m.content + eos_token }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{{ 'Human: ' + messages[0].content + eos_token }}", "drops, repeats or moves a message"),
+        ("{% for m in messages %}{{ m.content }}" + TURN + "{% endfor %}", "drops, repeats or"),
+        ("{% for m in messages %}{{ m.role + m.content }}{% endfor %}", "no end of turn"),
+        ("{% for m in messages %}{{ m.role + m.content }}<|x|>{% endfor %}", "no end of turn"),
+        ("{% for m in messages %}<|x|>" + TURN + "{% endfor %}", r"tokenizer lacks its <\|x\|>"),
+        ("{{ raise_exception('only\\nby mail') }}", "only by mail"),
+        ("{% for m in messages %}" + TURN, "end of template"),
+        ("{% for m in messages %}{{ m.a.b }}{% endfor %}", "has no attribute 'a'"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        (None, "there is none"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_an_error(template, told, tmp_path):
+    """It is refused, not guessed, in one line that names the folder and the cure."""
+    with pytest.raises(ValueError, match=told) as error:
+        Chat(copy("llama-2", tmp_path, chat_template=template), 64)
+    text = str(error.value)
+    assert text.startswith(f"{tmp_path}: ") and "chat_template.jinja" in text
+    assert "\n" not in text
 
 
 def test_a_vocabulary_without_the_control_tokens_is_an_error(tmp_path):
     """The header of a turn must not silently become text."""
-    folder = edit(copy("llama-3", tmp_path), lambda parsed: parsed["added_tokens"].pop())
-    with pytest.raises(ValueError, match=r"lacks <\|eot_id\|>, which llama-3 chats need"):
-        Chat(folder, 64)
+    for place in (-1, -2):  # the end of turn, the end of a header
+        folder = copy("llama-3", tmp_path / str(place))
+        edit(folder, lambda parsed, place=place: parsed["added_tokens"].pop(place))
+        with pytest.raises(ValueError, match="of no use"):
+            Chat(folder, 64)
+
+
+THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' and loop.last }}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{{ '<think>\n\n</think>\n\n' if enable_thinking is false }}{% endif %}"""
+
+
+def test_thinking_is_off_and_the_empty_thought_stays(tmp_path):
+    """Qwen3's empty thought is header: nobody's words, there before every reply, never a target."""
+    talk = Chat(copy("chatml", tmp_path, chat_template=THINKING), 64)
+    messages = say(None, "a", "b", "c", "d")
+    ids, owner = talk.encode(messages)
+    for k in (1, 3):
+        header, _ = talk.encode(messages[:k], reply=True)
+        assert ids[: len(header)] == header and owner[len(header)] == k
+        assert talk.decode(header).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_what_a_template_may_do(tmp_path):
+    """The date stands still, loops may break, JSON is not escaped, generation marks are passed."""
+    template = (
+        "{{ strftime_now('%d %b %Y') }}{{ ['<é>'] | tojson }}"
+        "{% for m in messages %}{%- generation -%} {{ m.role + m.content + eos_token }}"
+        "{%- endgeneration %}{% if not m %}{% break %}{% endif %}{% endfor %}"
+    )
+    talk = Chat(copy("llama-2", tmp_path, chat_template=template), 64)
+    assert talk.gaps[None, "user"].header == '26 Jul 2024["<é>"]user'
+
+
+@pytest.mark.parametrize("side", ["lstrip", "rstrip", "strip"])
+def test_a_template_that_trims_shows_itself(side, tmp_path):
+    """Contents lose white space where the template takes it, and a folded system text with them."""
+    template = "{% for m in messages %}{{ raise_exception('') if m.role == 'system' }}"
+    template += "{{ m.role + m.content." + side + "() + eos_token }}{% endfor %}"
+    talk = Chat(copy("chatml", tmp_path, chat_template=template), 64)
+    text = " \n x \n "
+    for messages in (say(None, text, text), say(text, text, text)):
+        ids, owner = talk.encode(messages)
+        words = "\n\n".join(m["content"] for m in messages[:-1])
+        wanted = "user" + getattr(words, side)() + "assistant" + getattr(text, side)()
+        assert talk.decode(ids) == wanted
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ import lora
 from chat import Chat
 from evaluate import (
     agreement_by_turn,
+    agrees,
     asked_turns,
     closed_loop,
     closed_loop_agreement,
+    first_replies,
     gap_closed,
     held_out_records,
     internalised,
@@ -27,9 +29,9 @@ from evaluate import (
 from files import kinds
 from loss import IGNORE, Sequence, pg_sequence, teacher_sequence, token_nll
 from model import Config, Llama
-from prompt import TASKS, parse_prompt
+from prompt import TASKS, parse_prompt, student_messages
 from runs import Record, Run
-from sampler import Voice
+from sampler import Sampling, Voice
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 CHAT = Chat(TINY, 2048)
@@ -147,14 +149,30 @@ class Actor:
         self.words = words
         self.model = torch.nn.Sequential(lora.LoRALinear(torch.nn.Linear(2, 2), 1, 1, 0))
         self.asked = []
+        self.samplings = set()
 
     def fits(self, messages, new_tokens):
         return True
 
     def speak(self, conversations, sampling, seeds=None):
+        self.samplings.add(sampling)
         for number, messages in enumerate(conversations):
             self.asked.append((self.model[0].enabled, messages))
             yield number, self.words(*self.asked[-1]), True
+
+
+def test_first_replies_are_greedy_and_without_the_prompt():
+    """Each input is asked as the student is, once, at temperature 0."""
+    actor = Actor(lambda on, said: said[-1]["content"].upper())
+    assert first_replies(actor, [Record(0, "a"), Record(1, "b")], 64) == ["A", "B"]
+    assert actor.asked == [(True, student_messages("a")), (True, student_messages("b"))]
+    assert actor.samplings == {Sampling(64)}
+
+
+def test_first_replies_are_held_against_the_teacher():
+    """What the teacher does agrees, what the student says does not."""
+    records = [Record(0, "x", ["Act: answer(7)"], "Use ls.")] * 2
+    assert agrees(TASKS["os"], ["Act: answer(7)", "Use ls."], records) == [True, False]
 
 
 def counted(row):
@@ -202,7 +220,7 @@ def test_in_the_closed_loop_the_base_plays_the_environment():
     (played,) = closed_loop(actor, run, [Record(3, "Count the files.")])
     assert played.turns[1:3] == ["off: 8", "Act: answer(off: 8)"]
     assert all(on or m[0]["content"].startswith("You play") for on, m in actor.asked)
-    assert actor.asked[0][1][-1]["content"] == "Count the files."
+    assert actor.asked[0] == (True, student_messages("Count the files."))
 
 
 def test_conversations_agree_if_every_action_does():

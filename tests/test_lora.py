@@ -90,6 +90,29 @@ def test_forward_is_the_definition(base):
     torch.testing.assert_close(gradients, wanted)
 
 
+@pytest.mark.parametrize("base", ["plain", "NF4"])
+def test_a_bias_is_kept(base):
+    """On a layer with a bias y = W x + b + alpha / r * B A x, before merging and after."""
+    plain = nn.Linear(64, 24).requires_grad_(False)
+    if base == "NF4":
+        q = quantize_nf4(plain.weight)
+        plain.weight.copy_(dequantize_nf4(q))
+    linear = plain if base == "plain" else NF4Linear(q, plain.bias)
+    model = add_lora(nn.ModuleDict({"q_proj": linear}), 4, 6, 0.0)
+    layer = model["q_proj"]
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 64)
+    expected = x @ plain.weight.T + plain.bias + 6 / 4 * x @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.by_definition(x), expected)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "q_proj.lora_A", "q_proj.lora_B"
+    }  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(merge(model)["q_proj"](x), expected)
+    assert model["q_proj"].bias is plain.bias
+
+
 def test_gradients_follow_the_hand_formula():
     """With s = alpha / r and G = dL/dy: dB = s G^T (x A^T), dA = s (G B)^T x, nothing for W."""
     layer, x = one_layer()

@@ -23,6 +23,7 @@ from model import (
     attention_by_definition,
     cached_attention,
     causal_attention,
+    default_dtype,
     load_model,
     rotate,
 )
@@ -222,6 +223,19 @@ def test_cached_is_one_full_forward(P):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_biases_and_norms_go_through_the_cache(name, tmp_path):
+    """Behind a prefix, token by token, the logits of Qwen2 and Qwen3 are those of transformers."""
+    folder = checkpoint(tmp_path, name)
+    expected = load_file(folder / "expected.safetensors")
+    model, ids = load_model(folder)[0], expected["ids"]
+    cache = KVCache(model, 1, 48, prefilled(model, ids[0, :6]))
+    rows = read_in_parts(model, ids[:, 6:], cache, [[20], *[[1]] * 22])
+    wanted = expected["logits"][0, 6:].log_softmax(-1)
+    torch.testing.assert_close(torch.stack(rows[0]), wanted, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 def test_padding_is_never_seen():
     """Other padding in the cache, bit for bit the same log-probs."""
     model, ids = random_model(), torch.randint(50, (3, 20))
@@ -271,6 +285,32 @@ def test_the_base_is_frozen(folder):
     assert model.model.frequencies.dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("device", "native", "expected"),
+    [("cpu", False, "float32"), ("cuda", True, "bfloat16"), ("cuda", False, "float16")],
+)
+def test_a_gpu_without_bfloat16_gets_float16(device, native, expected, monkeypatch):
+    """Emulated bfloat16 does not count: a T4 has it, at a fraction of its speed."""
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or native,
+    )
+    assert default_dtype(torch.device(device)) == getattr(torch, expected)
+
+
+@pytest.mark.parametrize("name", ["grouped", "qwen2", "qwen3"])
+def test_float16_gives_the_logits_nearly(name, tmp_path):
+    """A norm squares in float32 (300 squared is more than float16 holds); scores stay in range."""
+    folder = checkpoint(tmp_path, name)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] *= 300  # the stream of a real model has such outliers
+    save_file(tensors, folder / "model.safetensors")
+    ids = load_file(folder / "expected.safetensors")["ids"]
+    half, whole = (load_model(folder, dtype=dtype)[0](ids) for dtype in (torch.half, torch.float))
+    assert (half.float() - whole).norm() < 0.01 * whole.norm()
+
+
 def test_tied_embeddings_are_one_tensor(tmp_path):
     """The output projection is the embedding; a second copy in the file is ignored."""
     folder = checkpoint(tmp_path, "tied")
@@ -289,8 +329,10 @@ def test_old_rotary_tensors_are_ignored(folder):
     assert difference(folder) < 2e-5
 
 
-def test_four_bits_are_for_the_linear_layers_of_blocks(folder):
+@pytest.mark.parametrize("name", ["grouped", "qwen2", "qwen3"])
+def test_four_bits_are_for_the_linear_layers_of_blocks(name, tmp_path):
     """bits=4 is the model whose block matrices went through NF4, and no other tensor did."""
+    folder = checkpoint(tmp_path, name)
     ids = torch.arange(20)[None]
     model, _ = load_model(folder, bits=4)
     names = {name for name, layer in model.named_modules() if isinstance(layer, NF4Linear)}
@@ -356,7 +398,11 @@ def test_a_broken_folder_is_one_clear_line(message, folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "architectures = .'Qwen2ForCausalLM'. .*Llama"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "architectures = .'GPT2LMHeadModel'. .*Llama"),
+        ({"architectures": "Qwen2ForCausalLM"}, "architectures = Qwen2ForCausalLM"),
+        ({"model_type": "gemma"}, "architectures = .'GemmaForCausalLM'. .*Llama"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}, "window = 9"),
         ({"hidden_act": "gelu"}, "hidden_act = gelu is not supported, only silu"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"mlp_bias": True}, "mlp_bias = True"),
@@ -373,6 +419,15 @@ def test_what_is_not_supported_is_refused(changes, message):
     """A config that we would run wrongly raises ValueError with field and value."""
     with pytest.raises(ValueError, match=message):
         Config.from_dict(SHAPE | changes)
+
+
+def test_a_family_is_named_by_its_class_or_its_type():
+    """Qwen2 has biases and Qwen3 norms of q and k, in heads of 128 if nothing else is said."""
+    for said in ({"architectures": ["Qwen2ForCausalLM"]}, {"model_type": "qwen2"}):
+        assert Config.from_dict(SHAPE | said).qkv_bias
+    config = Config.from_dict(SHAPE | {"model_type": "qwen3"})
+    assert config.qk_norm and not config.qkv_bias and config.head_dim == 128
+    assert Config.from_dict(SHAPE) == Config.from_dict(SHAPE | {"model_type": "llama"})
 
 
 def test_other_bits_are_refused(folder):
@@ -430,6 +485,7 @@ def test_only_needed_files_are_downloaded(monkeypatch, folder):
         "checkpoint.snapshot_download", lambda name, **kw: asked.update(kw) or folder
     )
     load_model("owner/name")
+    assert asked.pop("local_files_only") is False
     wanted = """config.json generation_config.json tokenizer.json tokenizer_config.json
         chat_template.jinja model.safetensors.index.json model-00001-of-00002.safetensors""".split()
     other = """consolidated.safetensors original/model.safetensors pytorch_model.bin README.md

@@ -82,6 +82,30 @@ def test_step_has_the_gradient_of_the_joint_loss(lam):
     assert losses[2] == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.parametrize("scale", [room.LOSS_SCALE[torch.float16], 1])
+def test_a_float16_base_gives_the_gradient_of_float32(scale, monkeypatch):
+    """Within 1 % thanks to the loss scale; without it what is small is lost.
+
+    The small weight stands for a batch of 42,000 target tokens instead of 42.
+    """
+    monkeypatch.setitem(room.LOSS_SCALE, torch.float16, scale)
+    sft, _ = sequences(5)
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        model = small_model()
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.half().to(dtype)  # the same numbers
+        parameters = lora.adapter_parameters(model)
+        assert {p.dtype for p in parameters} == {torch.float32}
+        optimizer = torch.optim.SGD(parameters, lr=0.0)
+        train_step(model, optimizer, sft, [], replace(FREE, lam=0.001))
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+    half, whole = gradients
+    error = (half - whole).norm() / whole.norm()
+    assert half.dtype == torch.float32 and (error < 0.01) == (scale > 1), error
+
+
 def test_the_loss_of_a_batch_weighs_every_target_token_alike():
     """L divides the nats of all sequences of a kind by all their targets: no mean of means."""
     model, (sft, pg) = small_model(), sequences(3)
