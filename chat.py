@@ -47,7 +47,9 @@ UNTOLD = {  # without a template the vocabulary must tell: a control token of it
     "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}",
 }
 # a content: a letter that no text has, between white space that no template writes
-FIRST, SECOND, THIRD = "\v\ue000\v", "\v\ue001\v", "\v\ue002\v"
+FIRST = "\v\ue000\v"
+SECOND = "\v\ue001\v"
+THIRD = "\v\ue002\v"
 LETTER = re.compile("[\ue000-\ue002]")
 
 

@@ -274,7 +274,7 @@ def two_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[Path
         few.held_out = 1
         # what is asked for is alone on stdout
         with redirect_stdout(sys.stderr), made_records(few, prompt, model, chat):
-            pass
+            pass  # they are made as the block begins
         yield few.out
 
 
