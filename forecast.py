@@ -4,7 +4,7 @@
     rates    tokens/s of sampling with all slots in flight, and of training on full micro-batches
     hours    the tokens of all records at these rates
 
-Left out: what a server needs for its part, the report (a minute or so), and that the last
+Left out: what a server needs for its part, what the report takes, and that the last
 conversations of a wave run alone, so that synthesis takes longer than at full rate.
 """
 

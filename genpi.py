@@ -11,7 +11,7 @@ does all of it, on a base model quantised to NF4:
     adapter  = argmin  lam * nll(yT | x, env) + (1 - lam) * nll(p, r | x, yS, yT)  loss.py, train.py
     report   = how much was internalised, and does it pay?                         evaluate.py
 
-This file is the command: the run, --show, --chat, and the flags.
+This file is the command: the run, --show, --dry-run, --chat, and the flags.
 
 Departures from the paper, each with its reason:
   * each term of the loss is a mean over all target tokens of the batch, not over micro-batches, so
