@@ -5,7 +5,7 @@
     python evaluate.py --run runs/os --merge merged              the adapter, folded in
 
 The first prints the report and writes report.json and report.md. Everything is measured on the
-held-out pseudo inputs, which training never saw. All but the costs is measured with one set of
+held-out inputs, which training never saw. All but the costs is measured with one set of
 weights: the adapter is switched on and off.
 
     nll          nats/token of the teacher's turns: base without p, base with p (the teacher),
@@ -101,6 +101,15 @@ def first_replies(voice: Voice, records: list[Record], limit: int) -> list[str]:
 
 def share(outcomes: list[bool]) -> dict:
     return wilson(sum(outcomes), len(outcomes))
+
+
+def follows(task: Task, records: list[Record]) -> dict | None:
+    """On how many inputs the teacher's first reply has the form that p asks for; None if we know of
+    no form.
+    """
+    if task.action is None:
+        return None
+    return share([task.act(record.teacher) is not None for record in records])
 
 
 def asked_turns(record: Record) -> dict[str, int]:
@@ -245,6 +254,7 @@ def measure(run: Run, loaded: tuple[Llama, Chat] | None, users: int) -> dict:
         "model": run.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": run.lam,
         "trainable_params": trainable, "total_params": trainable + base,
         "samples": len(training), "held_out": len(held_out),
+        "teacher_follows": follows(run.task, held_out),
         "nll": nll, "gap_closed": gap_closed(nll),
         "agreement": agree["first"], "agreement_by_turn": agree,
         "closed_loop": closed_loop_agreement(run.task, played, held_out),
@@ -269,7 +279,8 @@ def markdown(report: dict, name: str) -> str:
     return f"""# {name}: {report["prompt_tokens"]} prompt tokens in {report["trainable_params"]:,} \
 parameters ({part:.1f} %)
 
-{report["held_out"]} held-out pseudo inputs; trained on {report["samples"]}, lam {report["lam"]:g}
+{report["held_out"]} held-out inputs; trained on {report["samples"]}, lam {report["lam"]:g}\
+{followed(report["teacher_follows"])}
 
 | (intervals of 95 %) | base, no prompt | teacher, prompt | adapter, no prompt |
 |---|---|---|---|
@@ -282,6 +293,13 @@ parameters ({part:.1f} %)
 
 {costs.markdown(report)}
 """
+
+
+def followed(teacher: dict | None) -> str:
+    """Does the teacher itself do what p says? More than that an adapter cannot learn from it."""
+    if teacher is None:
+        return ""
+    return f"; the teacher follows the form of the prompt on {interval(teacher)}"
 
 
 def behaves(report: dict) -> str:

@@ -69,7 +69,7 @@ from runs import HERE
 from sampler import Voice
 from server import Server, connect
 from show import show
-from synth import WAVE, Plan, print_quality, quality, synthesise
+from synth import WAVE, Plan, distinct, print_quality, quality, synthesise
 from talk import talk
 from train import (
     Recipe,
@@ -129,6 +129,7 @@ def base_folder(args) -> Path:
 def made_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[None]:
     """Make everything up to the last record of data.jsonl; the folder is held for the block."""
     task = open_task(args)
+    given = read_inputs(args)
     voice = Voice(model, chat, args.slots)
     generator = open_generator(args, voice)
     # all that can be wrong with the flags is known by now
@@ -136,7 +137,7 @@ def made_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[Non
         announce(args, chat, prompt)
         wanted = args.samples + args.held_out
         limits = args.max_new_tokens, args.max_reason_tokens
-        plan = Plan(prompt, task, wanted, *limits, args.seed)
+        plan = Plan(prompt, task, wanted, *limits, args.seed, given)
         records = synthesise(voice, generator, plan, args.out)
         print_quality(quality(records, task))
         yield
@@ -157,6 +158,19 @@ def read_demos(args) -> tuple[str, ...]:
     return parse_demos(read_text(path, "demos"))
 
 
+def read_inputs(args) -> tuple[str, ...]:
+    """The distinct first messages of --inputs, none without it. Raises: ValueError for fewer than
+    two.
+    """
+    if not args.inputs:
+        return ()
+    inputs = distinct(parse_demos(read_text(args.inputs, "inputs")))
+    if len(inputs) < 2:
+        told = f"{args.inputs}: {len(inputs)} distinct first message, but at least 2 are needed"
+        raise ValueError(f"{told}, one to train on and one to hold out; add some to the file")
+    return inputs
+
+
 def known_of(args, prompt: Prompt, chat: Chat) -> dict:
     """What tells this run from another better than the names in its flags."""
     known = {
@@ -164,6 +178,7 @@ def known_of(args, prompt: Prompt, chat: Chat) -> dict:
         "model_sha256": fingerprint(base_folder(args)),
         "chat_format": chat.format,
         "demos_sha256": runs.text_hash(json.dumps(open_task(args).demos)),
+        "inputs_sha256": args.inputs and runs.text_hash(json.dumps(read_inputs(args))),
     }
     if args.generator and "://" not in args.generator:
         known["generator_sha256"] = fingerprint(find_folder(args.generator))
@@ -197,7 +212,8 @@ def announce(args, chat: Chat, prompt: Prompt) -> None:
     print(f"{args.prompt}: {tokens} tokens, task {args.task}; model {args.model}; run {args.out}")
     if args.generator:
         writer = f"{args.generator_model} at " if args.generator_model else ""
-        told = f"pseudo inputs and reasons are written by {writer}{args.generator}"
+        what = "reasons" if args.inputs else "pseudo inputs and reasons"
+        told = f"{what} are written by {writer}{args.generator}"
         print(told.translate(UNSEEN))  # a server says what its model is called
     if args.model_path == "tiny":
         alone = "" if args.task == "os" else " and nothing else: expect no sense of this prompt"
@@ -311,6 +327,8 @@ def build_parser() -> Flags:
     add("--environment", type=utf8, help="whom the agent talks to; None: the task's")
     add("--demos", type=Path, help="file of first user messages as examples: one a line, or "
         "parted by lines of ---, or JSON strings, one a line; None: the task's")
+    add("--inputs", type=Path, help="file of real first messages, written like --demos, that take "
+        "the place of invented ones; they are shuffled and split")
     add("--out", type=Path, help="run folder; None: runs/NAME of the prompt file")
     add("--records", type=Path, metavar="RUN", help="begin with the pseudo inputs and records of "
         "this run, which must be of the same prompt, task, demos and model")

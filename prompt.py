@@ -203,6 +203,26 @@ def shopping_action(text: str) -> tuple | None:
     return (found[1].lower(), found[2].strip().lower()) if found else None
 
 
+def search_action(text: str) -> tuple | None:
+    """(thing, highest price or "any") of a line for a search engine: search.txt."""
+    found = re.fullmatch(r"([^|\n]+?) \| (any|\d+)", text.strip())
+    return (found[1].lower(), found[2]) if found else None
+
+
+def reminders_action(text: str) -> tuple | None:
+    """(what, when or None) of a calendar entry in JSON: reminders.txt."""
+    try:
+        entry = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or entry.keys() != {"do", "when"}:
+        return None
+    values = entry["do"], entry["when"]
+    if not isinstance(values[0], str) or not isinstance(values[1], str | None):
+        return None
+    return tuple(value and value.lower() for value in values)
+
+
 OS = Task(
     "os", "the shell of a Linux machine", 10, os_action,
     final=lambda action: action[0] in ("finish", "answer"), gold_turns=3,
@@ -216,8 +236,10 @@ WEB_SHOPPING = Task(
     final=lambda action: action == ("click", "buy now"),
     counted=lambda action: True, gold_turns=4,
 )  # fmt: skip
+SEARCH = Task("search", "a customer of a shop", 1, search_action, final=bool)
+REMINDERS = Task("reminders", "somebody who dictates notes", 1, reminders_action, final=bool)
 ANY = Task("any", "the user of this conversation", 1)
-TASKS = {task.name: task for task in (OS, WEB_BROWSING, WEB_SHOPPING, ANY)}
+TASKS = {task.name: task for task in (OS, WEB_BROWSING, WEB_SHOPPING, SEARCH, REMINDERS, ANY)}
 
 
 # ------------------------------------------------------------------------------------- messages

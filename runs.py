@@ -58,8 +58,8 @@ NOT_COMPARED = {  # they change no experiment, or (on a GPU) only its rounding a
     "slots", "micro_tokens", "checkpointing", "save_every",
 }  # fmt: skip
 MADE_OF = (  # what the records of a run depend on, so that another run may train on them
-    "prompt_sha256", "task", "environment", "max_turns", "demos_sha256", "model_sha256",
-    "chat_format",
+    "prompt_sha256", "task", "environment", "max_turns", "demos_sha256", "inputs_sha256",
+    "model_sha256", "chat_format",
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------- records
@@ -274,7 +274,14 @@ def told_apart(names: Iterable[str], flags: dict, before: dict) -> list[str]:
 
 def changed_flags(flags: dict, before: dict) -> list[str]:
     """What tells two experiments apart, in words."""
-    named = {"prompt", "model", "model_path", "demos", "generator"}  # hashed: places may change
+    named = {
+        "prompt",
+        "model",
+        "model_path",
+        "demos",
+        "inputs",
+        "generator",
+    }  # hashed: places may change
     free = NOT_COMPARED | (named if flags["generator"] else named - {"generator"})
     return told_apart([name for name in flags if name not in free], flags, before)
 

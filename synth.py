@@ -1,6 +1,7 @@
 """Synthesis: everything a model writes before training, from the prompt p alone.
 
-    1  pseudo inputs x      a generator is shown p and demonstrations and goes on with the list
+    1  pseudo inputs x      a generator is shown p and demonstrations and goes on with the list;
+                            or real first messages take their place
     2  role-play            the model plays the agent, who has read p, and the environment, who sees
                             the worked examples of p with the roles swapped, until it says [END]
     3  student outputs yS   the same model answers x without p
@@ -16,7 +17,7 @@ Left out: a judge of what is written. Source: GenPI section 5, appendix A.1 and 
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ class Plan:
     max_new_tokens: int  # of one turn
     max_reason_tokens: int
     seed: int
+    given: tuple[str, ...] = ()  # distinct real first messages; none: they are invented
 
     @property
     def turn(self) -> Sampling:
@@ -112,7 +114,8 @@ def synthesise(voice: Voice, generator: Voice | Server, plan: Plan, folder: Path
     voice: the model that is trained; generator: who writes the inputs and the reasons. Raises:
     ValueError if there are too few inputs to train on, or a file in the folder is damaged.
     """
-    inputs = pseudo_inputs(generator, plan, folder / "inputs.json")
+    path = folder / "inputs.json"
+    inputs = given_inputs(plan, path) if plan.given else pseudo_inputs(generator, plan, path)
     path = folder / "data.jsonl"
     records = read_records(path)
     check_inputs_of(records, inputs, folder)
@@ -177,6 +180,19 @@ def pseudo_inputs(generator: Voice | Server, plan: Plan, path: Path) -> list[str
             write_json(path, asdict(state))
             progress.update(len(inputs) - before)
     check_inputs(inputs, n)
+    return inputs
+
+
+def given_inputs(plan: Plan, path: Path) -> list[str]:
+    """Real first messages in place of invented ones, in an order that the seed draws: a log is in
+    order of time, and what is held out should not be its end.
+    """
+    if not path.exists():  # else it may be that of --records, in the order of another seed
+        given = list(plan.given)
+        random.Random(hash_seed(plan.seed, "given")).shuffle(given)
+        write_json(path, asdict(Inputs(inputs=given[: plan.n_inputs])))
+    inputs = read_inputs(path).inputs
+    print(f"{len(inputs)} of {len(plan.given)} distinct first messages of --inputs are taken")
     return inputs
 
 
@@ -287,8 +303,16 @@ def parse_list(text: str, first: int) -> list[str]:
 
 
 def normalised(text: str) -> str:
-    """What two pseudo inputs must differ in to count as two."""
+    """What two inputs must differ in to count as two."""
     return " ".join(text.lower().split())
+
+
+def distinct(inputs: Iterable[str]) -> tuple[str, ...]:
+    """The inputs without what comes a second time."""
+    first: dict[str, str] = {}
+    for x in inputs:
+        first.setdefault(normalised(x), x)
+    return tuple(first.values())
 
 
 # ------------------------------------------------------------------------------------- role-play

@@ -151,7 +151,7 @@ def test_a_file_that_is_no_prompt(run, tmp_path, content, words):
     assert not (tmp_path / "run" / "args.json").exists()
 
 
-@pytest.mark.parametrize("flag", ["--prompt", "--demos"])
+@pytest.mark.parametrize("flag", ["--prompt", "--demos", "--inputs"])
 @pytest.mark.parametrize("path", ["none.txt", ".", "prompt.txt/below", "n" * 300])
 def test_a_path_that_is_no_file(run, out, tmp_path, flag, path):
     """A missing file, a folder, a path below a file: the cure is another path."""
@@ -262,6 +262,28 @@ def test_other_demonstrations_need_another_folder(run, out, tmp_path):
     assert run("--demos", demos)[0] == 0
     demos.write_text("Count to 3.\nName a tree.\n---\n")
     complaint(run("--demos", demos), "demos_sha256", "--out")
+
+
+def test_other_inputs_need_another_folder(run, out, tmp_path):
+    """Real first messages are told by their hash: gone, or others, is another experiment."""
+    inputs = tmp_path / "log.txt"
+    inputs.write_text("Count to 3.\nName a tree.\n")
+    assert run("--inputs", inputs)[0] == 0
+    moved = inputs.rename(tmp_path / "moved.txt")
+    assert run("--inputs", moved)[0] == 0
+    complaint(run(), "inputs_sha256", "--out")
+    moved.write_text("Count to 3.\nName a bird.\n")
+    complaint(run("--inputs", moved), "inputs_sha256", "--out")
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "empty"), ("one\nOne \n", "1 distinct")])
+def test_inputs_that_are_too_few(run, out, tmp_path, text, words):
+    """One line that says how many there are, and the mended file goes on in the same folder."""
+    inputs = tmp_path / "log.txt"
+    inputs.write_text(text)
+    complaint(run("--inputs", inputs), inputs, words)
+    inputs.write_text("one\ntwo\n")
+    assert run("--inputs", inputs)[0] == 0
 
 
 def test_the_demonstrations_of_a_task_need_no_flag(run, out):

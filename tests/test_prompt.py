@@ -19,11 +19,13 @@ from prompt import (
     os_action,
     parse_demos,
     parse_prompt,
+    reminders_action,
+    search_action,
     shopping_action,
     student_messages,
 )
 
-NAMES = ("os", "web_browsing", "web_shopping")
+NAMES = ("os", "web_browsing", "web_shopping", "search", "reminders")
 TWO_EXAMPLES = parse_prompt(
     "<USER>:\nfirst problem\n<AGENT>:\nfinal 1\n"
     "<USER>:\nsecond problem\n<AGENT>:\nlook\n<USER>:\nseen\n<AGENT>:\nfinal 2\n"
@@ -384,6 +386,43 @@ def test_browsing_action_is_the_first_of_each_line(text, action):
 def test_shopping_action_stands_after_action(text, action):
     """search or click with its lower-cased argument, if it stands after Action:."""
     assert shopping_action(text) == action
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("Red Boots size 42 | 30\n", ("red boots size 42", "30")),
+        ("boots | any", ("boots", "any")),
+        ("boots | 30 euros", None),
+        ("boots | under 30 | any", None),
+        ("boots", None),
+        (" | any", None),
+        ("boots | any\nI hope that helps.", None),
+    ],
+)
+def test_search_actions(text, action):
+    """One line: the thing, a bar, and a plain number or any."""
+    assert search_action(text) == action
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ('{"do": "Call Maria", "when": "Friday"}', ("call maria", "friday")),
+        (' {"when": null, "do": "buy milk"}\n', ("buy milk", None)),
+        ('{"do": "buy milk"}', None),
+        ('{"do": "buy milk", "when": null, "who": null}', None),
+        ('{"do": null, "when": "Friday"}', None),
+        ('{"do": "run", "when": 9}', None),
+        ('["do", "when"]', None),
+        ('{"do": "print", "when": "night"}}', None),
+        ("[" * 100_000, None),
+        ("Call Maria on Friday.", None),
+    ],
+)
+def test_reminders_actions(text, action):
+    """One JSON object with two keys, of which only the time may be null."""
+    assert reminders_action(text) == action
 
 
 @pytest.mark.parametrize(

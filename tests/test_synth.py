@@ -15,6 +15,8 @@ from sampler import Sampling
 from synth import (
     FRUITLESS_ROUNDS,
     Plan,
+    distinct,
+    given_inputs,
     inputs_messages,
     more_inputs,
     parse_list,
@@ -327,6 +329,31 @@ def test_fruitless_rounds_are_bounded(monkeypatch, tmp_path):
     for _ in range(2):  # the second time nothing is asked
         assert pseudo_inputs(None, plan_of(9), path) == ["a", "b"]
         assert len(seeds) == json.loads(path.read_text())["rounds"] == 3 + FRUITLESS_ROUNDS
+
+
+def test_given_inputs_take_the_place_of_invented_ones(tmp_path):
+    """Without a generator: distinct ones as they are, as many as planned, shuffled by the seed."""
+    given = distinct(["Is it raining?", " b\n c", "is it  RAINING?", *"defghij"])
+    assert given == ("Is it raining?", " b\n c", *"defghij")
+    orders = []
+    for seed in (0, 0, 1):
+        plan = replace(plan_of(9, seed=seed), given=given)
+        orders.append(given_inputs(plan, tmp_path / f"{len(orders)}.json"))
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(given) != orders[0]
+    few = given_inputs(replace(plan_of(4), given=given), tmp_path / "few.json")
+    assert few == orders[0][:4] == json.loads((tmp_path / "few.json").read_text())["inputs"]
+    path = tmp_path / "0.json"  # begun with the records of a run of another seed
+    assert given_inputs(replace(plan_of(9, seed=7), given=given), path) == orders[0]
+
+
+def test_given_inputs_are_what_the_records_are_made_of(tmp_path):
+    """Nobody is asked for a list, and the last of the shuffled messages are held out."""
+    voice = Script(agent=lambda m: "Act: finish", environment=lambda m: END)
+    plan = replace(plan_of(3), given=("a", "b", "c"))
+    records = synthesise(voice, voice, plan, tmp_path)
+    assert sorted(record.pseudo_input for record in records) == ["a", "b", "c"]
+    assert not any("numbered list" in m[-1]["content"] for m in voice.asked)
 
 
 @pytest.mark.parametrize("found", [[], ["a"]], ids=["none", "one"])
