@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import sampler
 from sampler import pick
 
 
@@ -98,3 +99,17 @@ def test_each_row_has_its_own_nucleus():
     logits = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]]).log()
     assert pick(logits, torch.tensor([0.99, 0.99, 0.99]), 1.0, 0.8).tolist()[:2] == [0, 1]
     assert pick(logits, torch.tensor([0.95, 0.95, 0.0]), 1.0, 1.0).tolist()[:2] == [1, 0]
+
+
+@pytest.mark.parametrize("scale", [0.0, 9.0])
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
+def test_the_tops_alone_give_the_same_choice(monkeypatch, scale, top_p):
+    """Whether the tops of 5,000 tokens are sorted, or all: flat rows need all, peaked ones do not."""
+    torch.manual_seed(0)
+    logits = torch.randn(64, 5000) * scale + torch.rand(5000) / 100
+    u = torch.rand(64)
+    fast = pick(logits, u, 1.0, top_p)
+    tops = sampler.likeliest(logits.softmax(-1), top_p)[0].size(1)
+    assert tops == (sampler.TOPS if scale and top_p < 1 else 5000)
+    monkeypatch.setattr(sampler, "TOPS", 5000)
+    assert torch.equal(fast, pick(logits, u, 1.0, top_p))
