@@ -93,7 +93,7 @@ def pick(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
 def likeliest(p: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """p (R, V) -> its K largest in falling order, and their tokens; the nucleus is among them.
 
-    By definition all V are sorted. A CPU, for which that is the most of a step, sorts the tops alone
+    By definition all V are sorted. A CPU, for which that is most of a step, sorts the tops alone
     where they hold the nucleus of every row; a GPU sorts fast and should not wait for an answer.
     """
     if p.device.type == "cpu" and p.size(-1) > TOPS:

@@ -104,7 +104,7 @@ def test_each_row_has_its_own_nucleus():
 @pytest.mark.parametrize("scale", [0.0, 9.0])
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
 def test_the_tops_alone_give_the_same_choice(monkeypatch, scale, top_p):
-    """Whether the tops of 5,000 tokens are sorted, or all: flat rows need all, peaked ones do not."""
+    """Whether the tops of 5,000 tokens are sorted or all: flat rows need all, peaked do not."""
     torch.manual_seed(0)
     logits = torch.randn(64, 5000) * scale + torch.rand(5000) / 100
     u = torch.rand(64)
