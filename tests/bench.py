@@ -3,6 +3,7 @@
     python tests/bench.py step continuations               on a CPU (a quarter of an hour)
     python tests/bench.py --device cuda nf4 decode step    on a GPU
     python tests/bench.py cost                             ours alone: how the cost grows
+    python tests/bench.py step continuations --alone --config llama1b     ours alone, another shape
 
 step            one optimiser step of SFT + PG, LoRA of rank 16: real tokens a second, peak memory
 continuations   64 rows write 64 tokens each after a prompt of 500 tokens that all share
@@ -62,7 +63,15 @@ LLAMA3 = Config(  # Llama-3-8B
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
     rms_norm_eps=1e-5, rope_theta=500000.0,
 )  # fmt: skip
-CONFIGS = {"smol": SMOL, "llama3": LLAMA3}
+LLAMA1B = replace(  # Llama-3.2-1B
+    LLAMA3, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
+    tie_word_embeddings=True,
+)  # fmt: skip
+QWEN = replace(  # Qwen2.5-0.5B, but for its bias of q, k and v
+    LLAMA1B, vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+    num_attention_heads=14, num_key_value_heads=2,
+)  # fmt: skip
+CONFIGS = {"smol": SMOL, "qwen0.5b": QWEN, "llama1b": LLAMA1B, "llama3": LLAMA3}
 BF16_PEAK = 990e12  # operations/s of an H200's tensor cores, dense, by its data sheet
 RANK, ALPHA, DROPOUT, LAM = 16, 32, 0.05, 0.7
 LONG = 1400  # tokens of the paper's prompts, with Llama 3's tokenizer
@@ -294,10 +303,11 @@ def peak(device: str) -> int:
 # --------------------------------------------------------------------------------------- the races
 
 
-def races(figure: str, cuda: bool) -> list[dict]:
+def races(figure: str, cuda: bool, config: str | None) -> list[dict]:
     """What is measured for a figure: settings of the worker, a name for each."""
     small = {"name": figure, "work": figure, "config": "smol", "bits": 16, "micro_tokens": 2048}
     shape = {**small, "config": "llama3", "bits": 4, "micro_tokens": 4096} if cuda else small
+    shape |= {"config": config or shape["config"]}
     if figure == "step":
         return [shape | {"records": 32 if cuda else 4, "checkpointing": cuda}]
     if figure == "continuations":
@@ -364,6 +374,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
+    parser.add_argument("--config", choices=sorted(CONFIGS), help="another shape than the device's")
+    parser.add_argument("--alone", action="store_true", help="ours without the peer")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -375,8 +387,9 @@ def main() -> None:
     found: dict = {"machine": [platform.processor(), gpu], "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as scratch:
         for figure in args.figures:
-            for settings in races(figure, args.device == "cuda"):
+            for settings in races(figure, args.device == "cuda", args.config):
                 settings |= {"device": args.device, "threads": args.threads}
+                settings["alone"] = args.alone or settings.get("alone")
                 if "config" in settings:
                     settings["folder"] = str(checkpoint_of(settings, Path(scratch)))
                 race(settings, args.rounds, found)
