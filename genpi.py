@@ -307,8 +307,10 @@ def dry_run(args) -> None:
     voice = Voice(model, chat, args.slots)
     generator = open_generator(args, voice)
     add_adapter(args, model)
-    plan = args.samples, args.held_out
-    print(forecast.dry_run(voice, generator, prompt, whole, open_recipe(args), plan))
+    wanted = args.samples + args.held_out
+    given = range(min(wanted, len(read_inputs(args)) or wanted))
+    counts = tuple(map(len, runs.split_records(given, args.samples, args.held_out)))
+    print(forecast.dry_run(voice, generator, prompt, whole, open_recipe(args), counts))
 
 
 # ------------------------------------------------------------------------------------------ flags
