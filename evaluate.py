@@ -16,6 +16,8 @@ weights: the adapter is switched on and off.
     closed_loop  whole conversations of the adapter, without p, with the environment, played by the
                  base: how many take all of the teacher's actions
     recall       how much of p the adapter writes down when asked, and the lines it knows worst
+    exam         rule by rule: on how many held-out turns does it decide, on how many of those does
+                 the adapter act right (exam.py)
     break_even   what a request costs with the full prompt, a cached prompt and the adapter, and
                  after how many the training has paid (costs.py); and whether the adapter acts
                  the same once it is merged
@@ -35,22 +37,25 @@ import torch
 import torch.nn.functional as F
 
 import costs
+import exam
 import lora
 import loss
 import picture
 import runs
 from chat import Chat
+from exam import same_action
 from files import UNSEEN, write_json, write_text
 from flags import WHOLE, Flags, device_flag
 from model import Llama
 from prompt import Prompt, Task, conversation, student_messages
 from runs import Record, Run
 from sampler import Sampling, Voice, say
-from stats import paired_difference, wilson
+from stats import interval, paired_difference, wilson
 from synth import Plan, quality, role_play
 from train import micro_batches, open_model
 
 RECALLED = 4  # held-out records from which the prompt is asked back
+EXAMINED = 100  # training records that are looked through for what shows a rule
 
 # ------------------------------------------------------------------------------------ measures
 
@@ -80,12 +85,6 @@ def gap_closed(nll: dict[str, float]) -> float | None:
     """(base - adapter) / (base - teacher); None if p did not help the teacher either."""
     gap = nll["base"] - nll["teacher"]
     return (nll["base"] - nll["adapter"]) / gap if gap > 0 else None
-
-
-def same_action(task: Task, ours: str, teachers: str) -> bool:
-    """Does a reply take the teacher's action, or say the same where the teacher took none?"""
-    action = task.act(teachers)
-    return ours == teachers if action is None else task.act(ours) == action
 
 
 def agrees(task: Task, texts: list[str], records: list[Record]) -> list[bool]:
@@ -228,13 +227,19 @@ def held_out_records(run: Run, records: list[Record]) -> list[Record]:
     return held_out
 
 
-def measure(run: Run, loaded: tuple[Llama, Chat] | None, users: int) -> dict:
-    """Measure everything -> the content of report.json. Raises ValueError for an unfinished run."""
+def measure(
+    run: Run, loaded: tuple[Llama, Chat] | None, users: int, before: Path | None = None
+) -> dict:
+    """Measure everything -> the content of report.json. Raises ValueError for an unfinished run.
+
+    before: the folder of an earlier adapter, which sits the exam too.
+    """
     clock = time.perf_counter()
     model, chat = open_model(run, loaded)
     records, seconds = runs.load_records(run)
     held_out = held_out_records(run, records)
     training, _ = runs.split_records(records, run.samples, run.held_out)
+    training += runs.covering_records(run.folder)
     prompt = run.prompt
     voice = Voice(model, chat, run.slots)
     trainable = sum(p.numel() for p in lora.adapter_parameters(model))
@@ -245,6 +250,8 @@ def measure(run: Run, loaded: tuple[Llama, Chat] | None, users: int) -> dict:
     played = closed_loop(voice, run, held_out)
     asked = [r for r in held_out if len(loss.pg_sequence(chat, prompt, r).ids) <= chat.context]
     recited = recall(voice, prompt, asked[:RECALLED]) if asked else None
+    shown = [record for record in training if not record.overlong][-EXAMINED:]
+    found = exam.examine(voice, prompt, run.task, held_out, shown, run.max_new_tokens, before)
     unmerged = first_replies(voice, held_out, run.max_new_tokens)
     spent = seconds["synth"] + seconds["train"]
     paid = costs.break_even(model, chat, prompt, held_out, spent, users)  # merges the adapter
@@ -258,7 +265,7 @@ def measure(run: Run, loaded: tuple[Llama, Chat] | None, users: int) -> dict:
         "nll": nll, "gap_closed": gap_closed(nll),
         "agreement": agree["first"], "agreement_by_turn": agree,
         "closed_loop": closed_loop_agreement(run.task, played, held_out),
-        "merged_agrees": share(same), "recall": recited, "break_even": paid,
+        "merged_agrees": share(same), "recall": recited, "exam": found, "break_even": paid,
         "synthesis": quality(records, run.task),
         "seconds": {**seconds, "evaluate": time.perf_counter() - clock},
     }  # fmt: skip
@@ -290,6 +297,8 @@ parameters ({part:.1f} %)
 {behaves(report)}
 
 {internalised(report)}
+
+{exam.markdown(report)}
 
 {costs.markdown(report)}
 """
@@ -331,23 +340,21 @@ adapter can read the prompt)
 {chr(10).join(rows)}"""
 
 
-def interval(row: dict) -> str:
-    return f"{row['k']} of {row['n']} ({100 * row['low']:.0f} to {100 * row['high']:.0f} %)"
-
-
 def report(
     folder: Path,
     loaded: tuple[Llama, Chat] | None,
     device: str | None = None,
     users: int = costs.USERS,
     model: str | None = None,
+    before: Path | None = None,
 ) -> None:
     """Make the report of a finished run, write it into its folder and print it.
 
-    model: where the base of the run is now.
+    model: where the base of the run is now. before: an earlier run, whose adapter sits the exam
+    too.
     """
     run = runs.load_run(folder, device, model)
-    found = measure(run, loaded, users)
+    found = measure(run, loaded, users, before)
     page = markdown(found, folder.name).translate(UNSEEN)
     try:
         write_json(folder / "report.json", found)
@@ -429,6 +436,7 @@ def command(argv: list[str] | None) -> None:
     add("--device", type=device_flag, choices=("cpu", "cuda"), help="by default the run's own")
     add("--model", help="folder or Hub id of the base model, if it is no more where it was")
     add("--against", type=Path, metavar="RUN", help="compare with this run instead")
+    add("--before", type=Path, metavar="RUN", help="examine the adapter of this run, too")
     add("--users", type=WHOLE, default=costs.USERS, help="requests in flight at a time")
     add("--merge", type=Path, metavar="FOLDER", help="write model + adapter there instead")
     args = parser.parse_args(argv)
@@ -437,7 +445,7 @@ def command(argv: list[str] | None) -> None:
     elif args.against:
         compare(args.run, args.against, args.device, args.model)
     else:
-        report(args.run, None, args.device, args.users, args.model)
+        report(args.run, None, args.device, args.users, args.model, args.before)
 
 
 def main(argv: list[str] | None = None) -> int:

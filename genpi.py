@@ -58,6 +58,8 @@ import lora
 import runs
 from chat import Chat
 from checkpoint import find_folder, fingerprint
+from cover import cover_rules
+from edit import begin_with
 from evaluate import report
 from files import UNSEEN, read_json, read_text
 from flags import SHARE, WHOLE, Flags, device_flag, generator_flag, number, utf8
@@ -108,7 +110,7 @@ def internalise(args) -> None:
                 lora.save_adapter(model, args.out, base_model=base)
         leave_team()
         if first:
-            report(args.out, (model, chat))
+            report(args.out, (model, chat), before=args.earlier)
 
 
 def read_prompt(args) -> Prompt:
@@ -132,14 +134,21 @@ def made_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[Non
     given = read_inputs(args)
     voice = Voice(model, chat, args.slots)
     generator = open_generator(args, voice)
+    known = known_of(args, prompt, chat)
+    if args.earlier:
+        runs.check_earlier(args.earlier, vars(args) | known)
     # all that can be wrong with the flags is known by now
-    with runs.open_run(args, prompt, known_of(args, prompt, chat)):
+    with runs.open_run(args, prompt, known):
         announce(args, chat, prompt)
         wanted = args.samples + args.held_out
         limits = args.max_new_tokens, args.max_reason_tokens
-        plan = Plan(prompt, task, wanted, *limits, args.seed, given)
+        kept = begin_with(args.earlier, args.out, voice, prompt) if args.earlier else frozenset()
+        plan = Plan(prompt, task, wanted, *limits, args.seed, kept, given)
         records = synthesise(voice, generator, plan, args.out)
         print_quality(quality(records, task))
+        if args.cover:
+            samples, _ = runs.split_records(records, args.samples, args.held_out)
+            cover_rules(voice, generator, plan, samples, args.cover, args.out)
         yield
 
 
@@ -210,6 +219,8 @@ def announce(args, chat: Chat, prompt: Prompt) -> None:
     """Say what is done with what, and what to expect of the embedded model."""
     tokens = len(chat.tokens(prompt.text))
     print(f"{args.prompt}: {tokens} tokens, task {args.task}; model {args.model}; run {args.out}")
+    if args.inputs:
+        print(f"{len(read_inputs(args))} distinct first messages of {args.inputs} are x")
     if args.generator:
         writer = f"{args.generator_model} at " if args.generator_model else ""
         what = "reasons" if args.inputs else "pseudo inputs and reasons"
@@ -229,15 +240,18 @@ def train_adapter(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     if not records:
         raise ValueError(f"{args.out}: no records; every process must see this folder")
     samples, _ = runs.split_records(records, args.samples, args.held_out)
+    samples += runs.covering_records(args.out)
     sft, pg = training_sequences(chat, prompt, samples, args.lam)
     add_adapter(args, model)
     train(model, sft, pg, open_recipe(args), args.out)
 
 
 def add_adapter(args, model: Llama) -> None:
-    """Put a fresh adapter on the model."""
+    """Put a fresh adapter on the model, or the one that --from goes on with."""
     torch.manual_seed(args.seed)  # A of every LoRA layer
     lora.add_lora(model, args.rank, args.alpha, args.dropout)
+    if args.earlier:
+        lora.load_adapter(model, args.earlier)
     model.checkpointing = args.checkpointing
 
 
@@ -334,6 +348,8 @@ def build_parser() -> Flags:
     add("--out", type=Path, help="run folder; None: runs/NAME of the prompt file")
     add("--records", type=Path, metavar="RUN", help="begin with the pseudo inputs and records of "
         "this run, which must be of the same prompt, task, demos and model")
+    add("--from", type=Path, metavar="RUN", dest="earlier", help="after an edit of p: begin with "
+        "the adapter of this run, its inputs, and its records that still hold")
     add("--chat", type=Path, metavar="RUN", help="talk to the model of a finished run instead")
     add("--show", type=Path, metavar="RUN", nargs="?", const=True, help="print a record as it is "
         "trained instead: of this run, or else of the run of the other flags")
@@ -356,6 +372,8 @@ def build_parser() -> Flags:
     add = parser.add_argument_group("synthesis (GenPI section 5)").add_argument
     add("--samples", type=WHOLE, default=1000, help="pseudo inputs to train on")
     add("--held-out", type=WHOLE, default=100, help="more of them, for the report")
+    add("--cover", type=WHOLE, metavar="K", help="ask for more samples until each rule of p "
+        "has K that need it; None: none are added")
     add("--max-turns", type=WHOLE, help="agent turns of a conversation; None: the task's (any: 1)")
     add("--max-new-tokens", type=WHOLE, help="limit of one turn; None: 2,048, or a "
         "quarter of the context")
@@ -406,6 +424,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if not args.chat and args.generator_model and "://" not in (args.generator or ""):
         needs = "needs the URL of a server as --generator"
         raise ValueError(f"--generator-model {args.generator_model} {needs}")
+    if args.earlier and args.records:
+        raise ValueError("--from brings records of its own; give no --records")
     if args.record is not None and not args.show:
         raise ValueError(f"--record {args.record} needs --show; add it")
     return args

@@ -278,6 +278,22 @@ def load_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
     return name
 
 
+@contextmanager
+def adapter_of(model: nn.Module, folder: str | Path) -> Iterator[None]:
+    """Give the model another adapter inside a `with` block; afterwards it has its own again.
+
+    Raises: ValueError as load_adapter does.
+    """
+    own = {key: parameter.detach().clone() for key, parameter in _adapter(model).items()}
+    load_adapter(model, folder)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key, parameter in _adapter(model).items():
+                parameter.copy_(own[key])
+
+
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor], str]:
     """Read a folder -> config, weights by their names in the file, name of the adapter."""
     try:

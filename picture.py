@@ -1,4 +1,4 @@
-"""The report as a picture, report.svg: losses by step, agreement by turn, recall by line of p.
+"""The report as a picture, report.svg: losses by step, agreement by turn, rules, recall of p.
 
 A panel draws from (0, 0), top left, to (WIDTH, HEIGHT). Left out: any other kind of plot.
 """
@@ -14,7 +14,7 @@ COLOUR = {"base": "#8c959f", "adapter": "#bc4c00", "sft": "#bc4c00", "pg": "#096
 
 def draw(report: dict, metrics: list[dict], name: str) -> str:
     """Draw the panels for which there is data -> an SVG file. metrics: rows of metrics.jsonl."""
-    panels = [p for p in (losses(metrics), agreement(report), recall(report)) if p]
+    panels = [p for p in (losses(metrics), agreement(report), exam(report), recall(report)) if p]
     groups = [f'<g transform="translate({60 + 330 * i},90)">{p}</g>' for i, p in enumerate(panels)]
     size = f'width="{330 * max(1, len(panels)) + 10}" height="270" font-size="11"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
@@ -51,6 +51,24 @@ def agreement(report: dict) -> str:
     names = {"base": "base", "adapter": "adapter"}
     scale = {"100 %": 0, "50 %": HEIGHT / 2, "0 %": HEIGHT}
     return panel(("acts like the teacher, 95 % interval", "turn"), names, scale, places, marks)
+
+
+def exam(report: dict) -> str:
+    """Draw on how many held-out turns that need a rule the adapter acts right, rule by rule."""
+    rows = [row for row in report.get("exam", []) if row["obeyed"]["n"]]
+    marks = []
+    places = {}
+    for i, row in enumerate(rows):
+        obeyed = row["obeyed"]
+        x = places[row["lines"][0]] = WIDTH * (i + 0.5) / len(rows)
+        y = [
+            HEIGHT * (1 - share)
+            for share in (obeyed["low"], obeyed["k"] / obeyed["n"], obeyed["high"])
+        ]
+        marks.append(mark(x, y, "adapter", f"{obeyed['k']}/{obeyed['n']}"))
+    names = {"adapter": f"{len(rows)} of {len(report.get('exam', []))} rules tested"}
+    scale = {"100 %": 0, "50 %": HEIGHT / 2, "0 %": HEIGHT}
+    return panel(("obeys a rule, 95 % interval", "rule at line"), names, scale, places, marks)
 
 
 def recall(report: dict) -> str:

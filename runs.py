@@ -4,6 +4,7 @@
     prompt.txt          the prompt, as it was read
     inputs.json         the pseudo inputs, and where their sampling goes on
     data.jsonl          one Record a pseudo input, appended as it is finished
+    cover/              inputs.json and data.jsonl of the samples that --cover adds (cover.py)
     metrics.jsonl       one line an optimiser step
     checkpoint/         all that training needs to go on (train.py)
     adapter_*           the adapter in PEFT's format (lora.py)
@@ -50,6 +51,10 @@ from files import (
 )
 from prompt import TASKS, Prompt, Task, parse_prompt
 
+COVER = "cover"
+SAME_KIND = (  # what a run and the one that it goes on from after an edit of the prompt share
+    "task", "environment", "max_turns", "model_sha256", "chat_format", "rank", "alpha",
+)  # fmt: skip
 HERE = Path(__file__).resolve().parent
 ELSEWHERE = "choose another folder with --out"
 ANEW = "make the run anew, with another --out"
@@ -174,6 +179,11 @@ def split_records(
     return records[:-n][:samples], records[-n:]
 
 
+def covering_records(folder: Path) -> list[Record]:
+    """The samples of a run that --cover has added, none without it."""
+    return read_records(folder / COVER / "data.jsonl", mend=False)
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The lines of metrics.jsonl, but a last one cut short; ValueError names a corrupt one."""
 
@@ -264,6 +274,16 @@ def read_made(folder: Path, flags: dict) -> dict[str, str]:
     check_inputs_of(read_records(folder / "data.jsonl", mend=False), inputs, folder)
     names = [name for name in ("data.jsonl", "inputs.json") if (folder / name).exists()]
     return {name: (folder / name).read_text(encoding="utf-8") for name in names}
+
+
+def check_earlier(folder: Path, flags: dict) -> None:
+    """Raise ValueError if the adapter of a run is not finished, or does not fit these flags."""
+    before = read_json(folder / "args.json", "give the --out of an earlier run as --from")
+    if changed := told_apart(SAME_KIND, flags, before):
+        told = f"{folder} is a run of another kind: {', '.join(changed)}"
+        raise ValueError(f"{told}; give its flags, or no --from")
+    if not (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} has no finished adapter; finish it, or give no --from")
 
 
 def told_apart(names: Iterable[str], flags: dict, before: dict) -> list[str]:

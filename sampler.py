@@ -178,6 +178,43 @@ def say(voice, conversations: list[list[dict]], sampling: Sampling, seeds=None) 
     return texts
 
 
+@torch.no_grad()
+def is_greedy(
+    voice: Voice, conversations: list[list[dict]], spoken: list[list[int]]
+) -> list[list[bool]]:
+    """Is a message the greedy reply to those before it? For the messages numbered in spoken[i].
+
+    say() of what stands before each would tell, a token at a time; here a conversation is one pass.
+    A reply is greedy if each of its tokens, and the end of its turn, is the likeliest after those
+    before it. One that the tokenizer splits otherwise than it was written counts as another.
+    """
+    model = voice.model
+    device = model.lm_head.weight.device
+    rows = [voice.chat.encode(messages) for messages in conversations]  # (ids, owner)
+    begins = [owner.index(numbers[0]) for (_, owner), numbers in zip(rows, spoken, strict=True)]
+    P = min([shared_prefix([ids for ids, _ in rows]), *(begin - 1 for begin in begins)])
+    prefix = prefill(model, rows[0][0][:P]) if P else None
+    found: list[list[bool]] = [[] for _ in rows]
+    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    while waiting:
+        longest = len(rows[waiting[-1]][0]) - P
+        group = prefill_rows(longest, P)
+        some = waiting[-group:]
+        del waiting[-group:]
+        own = [rows[i][0][P:] for i in some]
+        who = [rows[i][1][P + 1 :] for i in some]  # who wrote the token that comes next
+        ids = pad_sequence([torch.tensor(x) for x in own], batch_first=True).to(device)
+        said = [[w in spoken[i] for w in owner] for i, owner in zip(some, who, strict=True)]
+        at = pad_sequence([torch.tensor([*x, False]) for x in said], batch_first=True).to(device)
+        x = model.hidden(ids, KVCache(model, len(some), longest, prefix), at)
+        likeliest = torch.cat([model.lm_head(part).argmax(-1) for part in x.split(256)])
+        hits = (likeliest == ids.roll(-1, 1)[at]).tolist()
+        for i, owner in zip(some, who, strict=True):
+            wrong = {w for w in owner if w in spoken[i] and not hits.pop(0)}
+            found[i] = [number not in wrong for number in spoken[i]]
+    return found
+
+
 def generate(
     model: Llama, chat: Chat, conversations: list[list[dict]],
     max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
@@ -210,6 +247,12 @@ def shared_prefix(prompts: list[list[int]]) -> int:
     same = len(os.path.commonprefix(prompts))  # of any lists, not only of paths
     same = min(same, min(map(len, prompts)) - 1)
     return same if same >= 16 else 0
+
+
+def prefill_rows(longest: int, prefix: int) -> int:
+    """Rows that are read in one pass, of so many tokens behind a shared prefix."""
+    scores = longest * (prefix + longest)  # of a row and head
+    return max(1, min(PREFILL_TOKENS // longest, PREFILL_SCORES // scores))
 
 
 class Batch:
@@ -260,9 +303,7 @@ class Batch:
 
     def start(self, rows: list[Row], slots: list[int]) -> None:
         """Seat new rows, read their own prompts, and take their first tokens."""
-        longest = max(len(row.ids) - self.P for row in rows)
-        scores = longest * (self.P + longest)  # of a row and head
-        group = max(1, min(PREFILL_TOKENS // longest, PREFILL_SCORES // scores))
+        group = prefill_rows(max(len(row.ids) - self.P for row in rows), self.P)
         for first in range(0, len(rows), group):
             some = rows[first : first + group]
             seats = slots[first : first + group]

@@ -20,6 +20,11 @@ def wilson(k: int, n: int, z: float = 1.96) -> dict:
     return {"k": k, "n": n, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
 
 
+def interval(row: dict) -> str:
+    """k of n and its interval in words."""
+    return f"{row['k']} of {row['n']} ({100 * row['low']:.0f} to {100 * row['high']:.0f} %)"
+
+
 def sign_test(wins: int, losses: int) -> float:
     """The chance of a split at least as uneven if a fair coin decided each: exact, two-sided."""
     n = wins + losses

@@ -96,6 +96,7 @@ class Plan:
     max_new_tokens: int  # of one turn
     max_reason_tokens: int
     seed: int
+    kept: frozenset[int] = frozenset()  # records that are not made, but of another run
     given: tuple[str, ...] = ()  # distinct real first messages; none: they are invented
 
     @property
@@ -114,14 +115,15 @@ def synthesise(voice: Voice, generator: Voice | Server, plan: Plan, folder: Path
     voice: the model that is trained; generator: who writes the inputs and the reasons. Raises:
     ValueError if there are too few inputs to train on, or a file in the folder is damaged.
     """
-    path = folder / "inputs.json"
-    inputs = given_inputs(plan, path) if plan.given else pseudo_inputs(generator, plan, path)
+    asked = folder / "inputs.json"
+    inputs = given_inputs(plan, asked) if plan.given else pseudo_inputs(generator, plan, asked)
     path = folder / "data.jsonl"
     records = read_records(path)
     check_inputs_of(records, inputs, folder)
     done = {record.index for record in records}
     for first in range(0, len(inputs), WAVE):
         wave = [Record(first + i, x) for i, x in enumerate(inputs[first : first + WAVE])]
+        wave = [record for record in wave if record.index not in plan.kept]
         missing = [record for record in wave if record.index not in done]
         if not missing:
             continue
@@ -191,9 +193,7 @@ def given_inputs(plan: Plan, path: Path) -> list[str]:
         given = list(plan.given)
         random.Random(hash_seed(plan.seed, "given")).shuffle(given)
         write_json(path, asdict(Inputs(inputs=given[: plan.n_inputs])))
-    inputs = read_inputs(path).inputs
-    print(f"{len(inputs)} of {len(plan.given)} distinct first messages of --inputs are taken")
-    return inputs
+    return read_inputs(path).inputs
 
 
 def check_inputs(inputs: list[str], n: int) -> None:

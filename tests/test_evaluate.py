@@ -24,7 +24,6 @@ from evaluate import (
     line_nll,
     matched_ratio,
     mean_nll,
-    same_action,
 )
 from files import kinds
 from loss import IGNORE, Sequence, pg_sequence, teacher_sequence, token_nll
@@ -51,15 +50,6 @@ def test_matched_ratio_counts_tokens_in_order():
     assert matched_ratio([1, 2, 3, 4], [1, 9, 3, 4]) == 3 / 4
     assert matched_ratio([1, 2, 3, 4], [3, 4, 1, 2]) == 2 / 4
     assert matched_ratio([1, 2], []) == 0 and matched_ratio([1, 2], [0, 1, 2, 3]) == 1
-
-
-def test_an_action_is_the_same_whatever_the_thought():
-    """Replies agree if their parsed actions do; where the teacher took none, if the texts do."""
-    os_task, any_task = TASKS["os"], TASKS["any"]
-    assert same_action(os_task, "Think: a\n\nAct: answer(7)", "Think: b\n\nAct: answer(7)")
-    assert not same_action(os_task, "Act: answer(8)", "Act: answer(7)")
-    assert same_action(os_task, "Hello.", "Hello.") and not same_action(os_task, "Hi.", "Hello.")
-    assert same_action(any_task, "yes", "yes") and not same_action(any_task, "yes", "no")
 
 
 def test_gap_closed_is_the_share_of_what_the_prompt_brings():

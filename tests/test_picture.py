@@ -55,6 +55,17 @@ def test_the_ends_of_an_interval():
     assert said(svg).count("5/10") == 2 and "0/0" not in said(svg)  # n = 0 is left out
 
 
+def test_rules_without_a_witness_are_not_drawn():
+    """Two of three are tested; the second stands at three quarters of 220, named by its line."""
+    rules = [
+        ({"lines": [line, line]} | {"obeyed": row}) for line, row in ((2, ROW), (4, NONE), (9, ROW))
+    ]
+    svg = draw({"exam": rules}, [], "os")
+    assert [bar.get("d") for bar in parts(svg, "path")] == ["M55.0 105.0V35.0", "M165.0 105.0V35.0"]
+    assert "2 of 3 rules tested" in said(svg) and said(svg).count("5/10") == 2
+    assert " 9 " in said(svg) and " 4 " not in said(svg)
+
+
 def test_lines_stand_in_the_order_of_the_prompt():
     """Line 1 before line 3, whose 4 nats fill the height; 1 nat is a quarter of it."""
     svg = draw({"recall": REPORT["recall"]}, [], "os")
@@ -71,6 +82,7 @@ def test_texts_are_escaped():
 @pytest.mark.parametrize(
     "report, metrics, panels",
     [
+        (REPORT | {"exam": [{"lines": [1, 2], "obeyed": ROW}]}, METRICS, 4),
         (REPORT, METRICS, 3),
         (REPORT, METRICS[:1], 3),  # one step
         (REPORT, [], 2),

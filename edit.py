@@ -1,0 +1,43 @@
+"""After an edit of the prompt: what of an earlier run still holds (--from RUN).
+
+    inputs     all of them
+    records    those in which the teacher says with the new p what it said with the old one; yS does
+               not depend on p, and r explains the same two replies. All others are made anew
+    adapter    where the training begins
+
+Left out: that the environment, too, might answer otherwise under the new p.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from exam import greedy_turns
+from files import AGAIN, read_json, write_json, write_rows
+from prompt import Prompt
+from runs import Record, read_inputs, read_records
+from sampler import Voice
+
+KEPT = "kept.json"
+
+
+def begin_with(earlier: Path, folder: Path, voice: Voice, prompt: Prompt) -> frozenset[int]:
+    """Begin the records of a run folder with those of an earlier run -> which of them were kept.
+
+    Written last, the list of these says that all else is there.
+    """
+    path = folder / KEPT
+    if not path.exists():
+        records = read_records(earlier / "data.jsonl", mend=False)
+        kept = unchanged(voice, prompt, records)
+        write_rows(folder / "data.jsonl", [asdict(record) for record in kept])
+        write_json(folder / "inputs.json", asdict(read_inputs(earlier / "inputs.json")))
+        write_json(path, {"kept": [record.index for record in kept]})
+        print(f"{len(kept)} of {len(records)} records of {earlier} hold for the new prompt")
+    return frozenset(read_json(path, AGAIN, {"kept": list[int]})["kept"])
+
+
+def unchanged(voice: Voice, prompt: Prompt, records: list[Record]) -> list[Record]:
+    """The records in which every turn of the teacher is what it says after this p."""
+    whole = [r for r in records if not (r.overlong or r.no_reason or r.cut_turn)]
+    same = greedy_turns(voice, prompt, whole)
+    return [record for record, turns in zip(whole, same, strict=True) if all(turns)]

@@ -1,0 +1,221 @@
+"""The exam: which rules of the prompt does the adapter obey, and which did it lose?
+
+    a rule       a paragraph of p, an item of a list in it, or a worked example
+    a witness    an agent turn of a record whose action changes once the rule is taken out of p: the
+                 teacher, with all else of p, then acts otherwise. So the rule matters there, and
+                 nobody had to judge or to label it
+    obeyed       of the held-out witnesses those on which the adapter, without p, takes the action
+                 of the teacher with all of p
+
+A rule without a witness is untested: no input shows what it is for. One that few samples show is
+hardly learnt, however well the adapter recites its lines: to recite is not to obey.
+
+Left out: rules that only act together (without one the other still does its work, so neither has
+witnesses), and what a rule changes in the words of a turn but not in its action.
+"""
+
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora import adapter_of, adapter_off
+from prompt import MARKER, Prompt, Task, conversation, parse_prompt, student_messages
+from runs import Record
+from sampler import Sampling, Voice, is_greedy, say
+from stats import interval, wilson
+
+Opening = Callable[[str], list[dict]]
+ITEM = re.compile(r"[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S")  # how an item of a list begins
+
+# ----------------------------------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A part of p, where it stands, and p without it."""
+
+    text: str
+    lines: range  # of the prompt's text, from 1
+    without: Prompt
+
+
+def rules_of(prompt: Prompt, task: Task) -> list[Rule]:
+    """The rules of p in their order. What cannot be left out alone (the place of x) is none."""
+    rules = []
+    for start, end in rule_spans(prompt, task):
+        text = prompt.text[start:end]
+        rest = f"{prompt.text[:start].rstrip()}\n\n{prompt.text[end:].lstrip()}"
+        if rest.strip():
+            first = 1 + prompt.text.count("\n", 0, start)
+            lines = range(first, first + 1 + text.rstrip().count("\n"))
+            rules.append(Rule(text.strip(), lines, parse_prompt(rest)))
+    return rules
+
+
+def rule_spans(prompt: Prompt, task: Task) -> Iterator[tuple[int, int]]:
+    """Where in the text the rules stand: (start, end) in letters.
+
+    The first worked example begins in the turn of the instructions, with its last paragraph. That
+    goes with the example, and the marker behind it, so that the instructions open the next one.
+    """
+    text = prompt.text
+    if prompt.opening is None:
+        yield from blocks(text, 0, len(text))
+        return
+    marks = list(MARKER.finditer(text))
+    told = blocks(text, marks[0].end(), marks[1].start() if len(marks) > 1 else len(text))
+    if not prompt.turns:
+        yield from (span for span in told if "{user_input}" not in text[slice(*span)])
+        return
+    yield from told[:-1]
+    begin = told[-1][0]
+    for turn, (role, said) in enumerate(prompt.turns):
+        ends = task.is_final(said) or not any(task.is_final(each) for _, each in prompt.turns)
+        if role == "assistant" and (ends or turn == len(prompt.turns) - 1):
+            wish = marks[turn + 1]  # the user turn after this example
+            yield begin, wish.end() if begin == told[-1][0] else wish.start()
+            begin = wish.start()
+
+
+def blocks(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """Paragraphs and items of lists between two places, as (start, end).
+
+    A blank line parts paragraphs, but not inside a fence; one that ends in a colon goes with what
+    it announces.
+    """
+    found: list[list[int]] = []
+    fenced = False
+    gap = True
+    place = start
+    for line in text[start:end].splitlines(True):
+        blank = not line.strip() and not fenced
+        begins = gap or (ITEM.match(line) and not fenced)
+        announced = found and text[slice(*found[-1])].rstrip().endswith(":")
+        if not blank and begins and not announced:
+            found.append([place, place])
+        if not blank:
+            found[-1][1] = place + len(line)
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        gap = blank
+        place += len(line)
+    return [(first, last) for first, last in found]
+
+
+# ------------------------------------------------------------------------------------- witnesses
+
+
+Turn = tuple[int, int]  # place of a record in a list, and number of an agent turn in it
+
+
+def same_action(task: Task, ours: str, teachers: str) -> bool:
+    """Does a reply take the teacher's action, or say the same where the teacher took none?"""
+    action = task.act(teachers)
+    return ours == teachers if action is None else task.act(ours) == action
+
+
+def act_otherwise(
+    voice: Voice, task: Task, records: list[Record], read: Opening, turns: set[Turn], limit: int
+) -> set[Turn]:
+    """Those of some agent turns in which the model, after the same turns before, acts otherwise.
+
+    read: x -> what stands before the conversation.
+    """
+    order = sorted(turns)
+    asked = [
+        conversation(read(records[i].pseudo_input), records[i].turns[: 2 * n]) for i, n in order
+    ]
+    said = say(voice, asked, Sampling(limit))
+    return {
+        (i, n)
+        for (i, n), text in zip(order, said, strict=True)
+        if not same_action(task, text, records[i].turns[2 * n])
+    }
+
+
+def greedy_turns(voice: Voice, prompt: Prompt, records: list[Record]) -> list[list[bool]]:
+    """For each agent turn of each record: is it what the model says there with p?"""
+    whole = [conversation(prompt.teacher(r.pseudo_input), r.turns) for r in records]
+    spoken = [
+        list(range(len(messages) - len(record.turns), len(messages), 2))
+        for messages, record in zip(whole, records, strict=True)
+    ]
+    return is_greedy(voice, whole, spoken)
+
+
+def witnesses(voice: Voice, task: Task, records: list[Record], rule: Rule, limit: int) -> set[Turn]:
+    """The agent turns in which the model acts otherwise once the rule is gone.
+
+    By definition all of them are written anew. Most come out as they were, which one pass over a
+    recorded conversation shows; so only the others are written.
+    """
+    same = greedy_turns(voice, rule.without, records)
+    changed = {(i, n) for i, turns in enumerate(same) for n, still in enumerate(turns) if not still}
+    return act_otherwise(voice, task, records, rule.without.teacher, changed, limit)
+
+
+# ----------------------------------------------------------------------------------------- exam
+
+
+def examine(
+    voice: Voice,
+    prompt: Prompt,
+    task: Task,
+    held_out: list[Record],
+    shown: list[Record],
+    limit: int,
+    before: Path | None = None,
+) -> list[dict]:
+    """A row a rule: its text and lines, its witnesses, and how many of them the adapter obeys.
+
+    voice: its model has the adapter, which is switched off while it is the teacher. shown: records
+    that were trained on. limit: tokens of a turn. before: the folder of another adapter, which is
+    examined too.
+    """  # fmt: skip
+    rules = rules_of(prompt, task)
+    with adapter_off(voice.model):
+        found = [witnesses(voice, task, held_out + shown, rule, limit) for rule in rules]
+    tested = {turn for some in found for turn in some if turn[0] < len(held_out)}
+    wrong = {"obeyed": act_otherwise(voice, task, held_out, student_messages, tested, limit)}
+    if before:
+        with adapter_of(voice.model, before):
+            lost = act_otherwise(voice, task, held_out, student_messages, tested, limit)
+        wrong["before"] = lost
+    rows = []
+    for rule, some in zip(rules, found, strict=True):
+        own = some & tested
+        row = {"rule": rule.text, "lines": [rule.lines[0], rule.lines[-1]]}
+        row["shown_by"] = len({i for i, _ in some if i >= len(held_out)})
+        row["looked_at"] = len(shown)
+        for name, missed in wrong.items():
+            row[name] = wilson(len(own - missed), len(own))
+        rows.append(row)
+    return rows
+
+
+def markdown(report: dict) -> str:
+    """The exam as a table, a rule a row, in the order of the prompt."""
+    recited = report["recall"]["lines"] if report["recall"] else []
+    nll = {row["line"]: row["nll"] for row in recited}
+    rules = report["exam"]
+    columns = ["obeyed", *(["before"] if rules and "before" in rules[0] else [])]
+    names = {"obeyed": "obeyed without the prompt", "before": "by the earlier adapter"}
+    rows = []
+    for row in rules:
+        cells = [
+            f"`{' '.join(row['rule'].split())[:60]}`",
+            f"{row['shown_by']} of {row['looked_at']}",
+        ]
+        cells += [interval(row[name]) if row[name]["n"] else "untested" for name in columns]
+        lines = [nll[line] for line in range(row["lines"][0], row["lines"][1] + 1) if line in nll]
+        cells.append(f"{statistics.mean(lines):.3f}" if lines else "")
+        rows.append(f"| {' | '.join(cells)} |")
+    heads = " | ".join(names[name] for name in columns)
+    return f"""| rule of the prompt | shown by samples | {heads} | nats/token |
+|---|---|---|{"---|" * len(columns)}
+{chr(10).join(rows)}
+
+(a turn counts for a rule if the teacher acts otherwise in it once the rule is taken out of the \
+prompt; the last column says how well the rule is recited, which is not to obey it)"""

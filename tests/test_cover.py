@@ -1,0 +1,92 @@
+"""Coverage: rules that the samples hardly show get samples that prove to need them."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+import cover
+from cover import ROUNDS, cover_rules
+from prompt import END, TASKS, parse_prompt
+from runs import COVER, Record, covering_records, read_inputs
+from synth import Plan
+
+PROMPT = parse_prompt("Rule one.\n\nRule two.\n\nRule three.")
+PLAN = Plan(PROMPT, replace(TASKS["os"], demos=("demo",)), 9, 9, 9, seed=0)
+SAMPLES = [Record(0, "a one", ["Act: finish"]), Record(1, "b one two", ["Act: finish"])]
+
+
+class Speaker:
+    """Agent, environment and generator. The generator lists `items` for each rule, round by round;
+    what is asked of it is noted.
+    """
+
+    def __init__(self, items):
+        self.items = {rule: iter(rounds) for rule, rounds in items.items()}
+        self.asked = []
+
+    def fits(self, messages, tokens):
+        return True
+
+    def speak(self, conversations, sampling, seeds=None):
+        for number, messages in enumerate(conversations):
+            yield number, self.reply(messages), True
+
+    def reply(self, messages):
+        rule = re.search(r"One of its rules is:\n\nRule (\w+)\.", messages[-1]["content"])
+        if rule:
+            self.asked.append(rule[1])
+            found = next(self.items.get(rule[1], iter(())), [])
+            return "\n".join(f"{i}. {x}" for i, x in enumerate(found, 2))
+        if "numbered list" in messages[-1]["content"]:
+            raise AssertionError("nobody asks for other inputs")
+        return END if messages[0]["content"].startswith("You play") else "Act: finish"
+
+
+@pytest.fixture(autouse=True)
+def needs_what_it_names(monkeypatch):
+    """A record needs the rule whose number it names."""
+
+    def named(voice, task, records, rule, limit):
+        word = rule.text.removeprefix("Rule ").rstrip(".")
+        return {(i, 0) for i, r in enumerate(records) if word in r.pseudo_input.split()}
+
+    monkeypatch.setattr(cover, "witnesses", named)
+
+
+def covered(speaker, tmp_path, k):
+    cover_rules(speaker, speaker, PLAN, SAMPLES, k, tmp_path)
+    return sorted(record.pseudo_input for record in covering_records(tmp_path))
+
+
+def test_only_rules_that_are_short_are_asked_about(tmp_path):
+    """Rule one has two witnesses already; of what is listed for the others the proven ones join."""
+    speaker = Speaker({"two": [["x two", "y"]], "three": [["u three", "v three", "w"]]})
+    assert covered(speaker, tmp_path, 2) == ["u three", "v three", "x two"]
+    assert speaker.asked == ["two", "three"]
+
+
+def test_what_is_known_already_is_no_new_sample(tmp_path):
+    """Not what the samples have, nor what came up in an earlier round or for another rule."""
+    speaker = Speaker(
+        {"two": [["B one two", "x two"]], "three": [["X  two", "z three"], ["z three"]]}
+    )
+    assert covered(speaker, tmp_path, 2) == ["x two", "z three"]
+
+
+def test_rounds_are_bounded_and_what_stays_short_is_told(tmp_path, capsys):
+    """A rule that the generator cannot bring up is asked about ROUNDS times, then told."""
+    speaker = Speaker({"two": [["x two"]]})
+    assert covered(speaker, tmp_path, 2) == ["x two"]
+    assert speaker.asked.count("three") == ROUNDS and speaker.asked.count("two") == 1
+    told = "".join(capsys.readouterr())
+    assert "0 of 2 samples need the rule: Rule three." in told and "Rule two" not in told
+
+
+def test_a_finished_search_is_not_done_again(tmp_path):
+    """The inputs are there, so nobody is asked; the records that are missing are made."""
+    speaker = Speaker({"two": [["x two"]], "three": [["u three", "v three"]]})
+    first = covered(speaker, tmp_path, 2)
+    (tmp_path / COVER / "data.jsonl").unlink()
+    assert covered(Speaker({}), tmp_path, 2) == first
+    assert sorted(read_inputs(tmp_path / COVER / "inputs.json").inputs) == first

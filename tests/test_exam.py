@@ -1,0 +1,188 @@
+"""The exam: rules are parts of p, witnesses turns that need one, obeyed what the adapter keeps."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import exam
+from exam import act_otherwise, blocks, examine, rules_of, same_action, witnesses
+from model import load_model
+from prompt import TASKS, parse_prompt, student_messages
+from runs import Record, read_records
+from sampler import Sampling, Voice, is_greedy, say
+
+ROOT = Path(__file__).resolve().parent.parent
+OS = TASKS["os"]
+CHAT = """<USER>:
+You act.
+
+- Be brief.
+- Stop
+  in time.
+
+First:
+
+one
+<AGENT>:
+Act: bash
+
+```bash
+ls
+```
+<USER>:
+seen
+<AGENT>:
+Act: answer(1)
+<USER>:
+two
+<AGENT>:
+Act: finish
+<USER>:
+Now: {user_input}"""
+
+
+def texts(spans, text):
+    return [text[start:end].strip() for start, end in spans]
+
+
+@pytest.fixture(scope="module")
+def voice():
+    return Voice(*load_model(ROOT / "tiny", bits=4))
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return parse_prompt((ROOT / "os.txt").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def records():
+    return read_records(ROOT / "tests" / "fixtures" / "records.jsonl", mend=False)[:4]
+
+
+# ----------------------------------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a\nb\n\nc", ["a\nb", "c"]),
+        ("a\n\n\n- b\n  c\n- d\n2. e", ["a", "- b\n  c", "- d", "2. e"]),
+        ("a:\n\nb\n\nc", ["a:\n\nb", "c"]),
+        ("```\na\n\n- b\n```\n\nc", ["```\na\n\n- b\n```", "c"]),
+        ("3 apples\nor 4. more -", ["3 apples\nor 4. more -"]),
+        ("\n \n", []),
+    ],
+)
+def test_paragraphs_and_items_are_rules(text, found):
+    """A blank line parts them outside a fence; a colon binds what it announces."""
+    assert texts(blocks(text, 0, len(text)), text) == found
+
+
+def test_rules_of_a_chat():
+    """What is said before the first problem, then each worked example up to its final action."""
+    rules = rules_of(parse_prompt(CHAT), OS)
+    assert [rule.text.split("\n")[0] for rule in rules] == [
+        "You act.", "- Be brief.", "- Stop", "First:", "<USER>:",
+    ]  # fmt: skip
+    assert rules[3].text.endswith("Act: answer(1)\n<USER>:") and rules[4].text.endswith("finish")
+    assert [(rule.lines[0], rule.lines[-1]) for rule in rules[:3]] == [(2, 2), (4, 4), (5, 6)]
+
+
+def test_a_prompt_without_a_rule_has_all_the_others():
+    """The example that follows is opened by the instructions, where the first one is gone."""
+    rules = rules_of(parse_prompt(CHAT), OS)
+    item, first, last = (rules[i].without for i in (1, 3, 4))
+    assert item.text == CHAT.replace("- Be brief.\n", "")
+    assert first.turns == (("user", "You act.\n\n- Be brief.\n- Stop\n  in time.\n\ntwo"),
+                           ("assistant", "Act: finish"))  # fmt: skip
+    assert len(last.turns) == 4 and last.opening == "Now: {user_input}"
+
+
+@pytest.mark.parametrize("name", ["os", "web_browsing", "web_shopping", "search", "reminders"])
+def test_rules_of_our_prompts(name):
+    """Whatever is left out of them, a prompt with the place of x remains, and nothing is added."""
+    whole = parse_prompt((ROOT / f"{name}.txt").read_text(encoding="utf-8"))
+    rules = rules_of(whole, TASKS[name])
+    assert len(rules) >= 6
+    for rule in rules:
+        assert "{user_input}" in rule.without.open_turn("{user_input}")
+        assert len(rule.without.text.split()) < len(whole.text.split())
+        assert whole.text.splitlines()[rule.lines[0] - 1] in rule.text
+
+
+def test_rules_of_a_plain_text():
+    """Each paragraph is one; of a single paragraph nothing would be left."""
+    assert [rule.without.text for rule in rules_of(parse_prompt("a\n\nb"), OS)] == ["b", "a"]
+    assert rules_of(parse_prompt("a"), OS) == []
+
+
+# ------------------------------------------------------------------------------------- witnesses
+
+
+def test_is_greedy_is_what_sampling_says(voice, prompt, records):
+    """The recorded turns are greedy; another word in a turn is not, nor what it should have led to
+    unless the model says that to it too.
+    """
+    replies = [record.turns for record in records]
+    replies.append([records[0].turns[0].replace("I ", "We "), *records[0].turns[1:]])
+    records = [*records, records[0]]
+    opening = [prompt.teacher(record.pseudo_input) for record in records]
+    whole = [
+        [*start, *({"role": ("assistant", "user")[i % 2], "content": t} for i, t in enumerate(x))]
+        for start, x in zip(opening, replies, strict=True)
+    ]
+    spoken = [list(range(len(o), len(w), 2)) for o, w in zip(opening, whole, strict=True)]
+    found = is_greedy(voice, whole, spoken)
+    for messages, numbers, row in zip(whole, spoken, found, strict=True):
+        said = say(voice, [messages[:n] for n in numbers], Sampling(128))
+        assert row == [messages[n]["content"] == t for n, t in zip(numbers, said, strict=True)]
+    assert all(map(all, found[:-1])) and not found[-1][0]
+
+
+def test_witnesses_are_the_turns_that_come_out_otherwise(voice, prompt, records):
+    """Same as to write every turn anew without the rule; some rule of os.txt has witnesses."""
+    every = {(i, n) for i, r in enumerate(records) for n in range((len(r.turns) + 1) // 2)}
+    sizes = []
+    for rule in rules_of(prompt, OS)[6:8]:
+        found = witnesses(voice, OS, records, rule, 128)
+        assert found == act_otherwise(voice, OS, records, rule.without.teacher, every, 128)
+        sizes.append(len(found))
+    assert sizes[0] > 0 == sizes[1]
+
+
+# ----------------------------------------------------------------------------------------- exam
+
+
+def test_an_action_is_the_same_whatever_the_thought():
+    """Replies agree if their parsed actions do; where the teacher took none, if the texts do."""
+    any_task = TASKS["any"]
+    assert same_action(OS, "Think: a\n\nAct: answer(7)", "Think: b\n\nAct: answer(7)")
+    assert not same_action(OS, "Act: answer(8)", "Act: answer(7)")
+    assert same_action(OS, "no action", "no action") and not same_action(OS, "none", "no action")
+    assert same_action(any_task, " It rains.\n", "It rains.")
+
+
+def test_the_exam_by_hand(monkeypatch):
+    """Rule A makes every wish a question, rule B long ones brief. The adapter kept A and lost B."""
+    whole = parse_prompt("A\n\nB\n\nC")
+
+    def act(messages):
+        told, x = messages[0]["content"], messages[-1]["content"]
+        adapter = messages[:1] == student_messages("")[:1]
+        size = "brief" if len(x) > 3 and "B" in told and not adapter else "long"
+        return f"{size} {'question' if adapter or 'A' in told else 'order'}"
+
+    monkeypatch.setattr(exam, "say", lambda v, asked, sampling: [act(m) for m in asked])
+    monkeypatch.setattr(exam, "is_greedy", lambda v, asked, spoken: [[False]] * len(asked))
+    monkeypatch.setattr(exam, "adapter_off", lambda model: nullcontext())
+    inputs = ["x", "xx", "xxxx", "y", "yyyyy"]
+    records = [Record(i, x, [act(whole.teacher(x))]) for i, x in enumerate(inputs)]
+    voice = SimpleNamespace(model=None)
+    rows = examine(voice, whole, TASKS["any"], records[:3], records[3:], 9)
+    assert [row["rule"] for row in rows] == ["A", "B", "C"]
+    assert [row["lines"] for row in rows] == [[1, 1], [3, 3], [5, 5]]
+    assert [row["shown_by"] for row in rows] == [2, 1, 0]
+    assert [(row["obeyed"]["k"], row["obeyed"]["n"]) for row in rows] == [(2, 3), (0, 1), (0, 0)]
