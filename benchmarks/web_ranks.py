@@ -22,7 +22,15 @@ NUMPY = {
     "scalar": np.float32(0).__reduce__()[0],  # makes a number of a dtype and bytes
     "_reconstruct": np.zeros(1).__reduce__()[0],  # makes an empty array, which bytes then fill
 }
+
+
+def latin1(text: str, name: str) -> bytes:
+    """How an old pickle spells the bytes of a number."""
+    return text.encode("latin1")
+
+
 KNOWN = {
+    ("_codecs", "encode"): latin1,
     ("collections", "OrderedDict"): OrderedDict,
     ("collections", "defaultdict"): defaultdict,
     **{("builtins", kind.__name__): kind for kind in (dict, list, set, int, float)},
