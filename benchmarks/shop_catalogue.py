@@ -39,8 +39,9 @@ OF_PRODUCT = {
 OF_INSTRUCTION = {
     "instruction": str,
     "instruction_attributes": list[str],
-    "instruction_options": object,  # a list of values, or name -> value
+    "instruction_options": list | dict,  # values, or name -> value
 }
+OF_GENERATED = {"instruction": str, "instruction_attributes": list[str]}
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,24 @@ def read_catalogue(folder: Path, seed: int) -> Catalogue:
     human = (folder / "items_shuffle.json").exists()
     part = "" if human else "_1000"
     path = folder / f"items_ins_v2{part}.json"
-    said = read_json(path, CURE)
+    said = read_said(path, dict)
     products = read_products(folder / f"items_shuffle{part}.json", said, seed)
     if human:
         path = folder / "items_human_ins.json"
-        said = read_json(path, CURE)
+        said = read_said(path, list)
     goals = read_goals(path, products, said, human_goals if human else generated_goals, seed)
     Random(ORDER).shuffle(goals)
     return Catalogue(products, goals, human)
+
+
+def read_said(path: Path, kind: type) -> dict:
+    """asin -> what a file says of this product, which must be of this kind."""
+    said = read_json(path, CURE)
+    for name, entry in said.items():
+        if not isinstance(entry, kind):
+            told = f"product {name}: {entry!r:.40} is no {kind.__name__}"
+            raise ValueError(f"{path}: {told}; {CURE}")
+    return said
 
 
 # ---------------------------------------------------------------------------------------- products
@@ -84,21 +95,22 @@ def read_products(path: Path, said: dict, seed: int) -> dict[str, Product]:
         if name == "nan" or len(name) > 10 or name in products:
             continue
         try:
-            products[name] = read_product(row, said.get(name), seed)
+            products[name] = read_product(row, said.get(name, {}), seed)
         except ValueError as error:
             raise ValueError(f"{path}: product {name}: {error}; {CURE}") from None
     return products
 
 
-def read_product(row: dict, said: object, seed: int) -> Product:
+def read_product(row: dict, said: dict, seed: int) -> Product:
     """A product from its entries in the two files. Raises: ValueError for what makes none."""
     check_kinds(row, OF_PRODUCT)
+    attributes = said.get("attributes") or []
+    check_kinds({"attributes": attributes}, {"attributes": list[str]})
     prices = read_prices(row.get("pricing"))
     price = prices[0]
     if len(prices) == 2:
         price = Random(f"{seed} price {row['asin']}").uniform(*prices)
     bullets = row["small_description"]
-    attributes = said.get("attributes", []) if isinstance(said, dict) else []
     return Product(
         asin=row["asin"],
         title=row["name"],
@@ -106,7 +118,7 @@ def read_product(row: dict, said: object, seed: int) -> Product:
         category=row["product_category"],
         description=row["full_description"],
         bullets=tuple(map(str, bullets if isinstance(bullets, list) else [bullets])),
-        attributes=tuple(map(str, attributes)),
+        attributes=tuple(attributes),
         options=read_options(row.get("customization_options")),
         price=price,
         price_tag=" to ".join(f"${price}" for price in prices),
@@ -164,18 +176,18 @@ def read_goals(path: Path, products: dict, said: dict, goals_of, seed: int) -> l
     goals = []
     for name, item in products.items():
         try:
-            goals += goals_of(item, said.get(name), seed)
-        except (ValueError, TypeError, AttributeError) as error:
+            goals += goals_of(item, said.get(name, ()), seed)
+        except ValueError as error:
             raise ValueError(f"{path}: product {name}: {error}; {CURE}") from None
     if not goals:
         raise ValueError(f"{path}: no goal for any of {len(products)} products; {CURE}")
     return goals
 
 
-def human_goals(item: Product, said: list | None, seed: int) -> Iterator[Goal]:
+def human_goals(item: Product, said: list, seed: int) -> Iterator[Goal]:
     """What people asked for who saw this product; without attributes it does not count."""
-    for number, row in enumerate(said or []):
-        check_kinds(row, OF_INSTRUCTION)
+    for number, row in enumerate(said):
+        check_kinds(row if isinstance(row, dict) else {}, OF_INSTRUCTION)
         attributes = tuple(row["instruction_attributes"])
         if not attributes:
             continue
@@ -185,17 +197,16 @@ def human_goals(item: Product, said: list | None, seed: int) -> Iterator[Goal]:
         yield Goal(item, row["instruction"].strip(".") + words, attributes, options, limit)
 
 
-def generated_goals(item: Product, said: dict | None, seed: int) -> Iterator[Goal]:
+def generated_goals(item: Product, said: dict, seed: int) -> Iterator[Goal]:
     """A goal for each combination of the options, if the product has an instruction."""
-    said = said or {}
-    text = said.get("instruction")
-    attributes = tuple(said.get("instruction_attributes") or ())
-    if text is None or not attributes:
+    if not said or said.get("instruction") is None:
         return
+    check_kinds(said, OF_GENERATED)
+    attributes = tuple(said["instruction_attributes"])
     limit, words = draw_limit(item.price, Random(f"{seed} limit {item.asin}"))
     names = sorted(item.options)
     for values in combinations(*(item.options[name] for name in names)):
         options = tuple(zip(names, values, strict=True))
         asked = ", and ".join(f"{name}: {value}" for name, value in options)
         asked = f" with {asked}" if asked else ""
-        yield Goal(item, text + asked + words, attributes, options, limit)
+        yield Goal(item, said["instruction"] + asked + words, attributes, options, limit)
