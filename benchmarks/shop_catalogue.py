@@ -59,11 +59,12 @@ def read_catalogue(folder: Path, seed: int) -> Catalogue:
     part = "" if human else "_1000"
     path = folder / f"items_ins_v2{part}.json"
     said = read_said(path, dict)
-    products = read_products(folder / f"items_shuffle{part}.json", said, seed)
+    asked = (path, said, generated_goals)
     if human:
         path = folder / "items_human_ins.json"
-        said = read_said(path, list)
-    goals = read_goals(path, products, said, human_goals if human else generated_goals, seed)
+        asked = (path, read_said(path, list), human_goals)
+    products = read_products(folder / f"items_shuffle{part}.json", said, seed)
+    goals = read_goals(products, *asked, seed)
     Random(ORDER).shuffle(goals)
     return Catalogue(products, goals, human)
 
@@ -171,8 +172,8 @@ def draw_limit(price: float, draw: Random) -> tuple[float | None, str]:
     return float(limit), f", and price lower than {limit:.2f} dollars"
 
 
-def read_goals(path: Path, products: dict, said: dict, goals_of, seed: int) -> list[Goal]:
-    """All goals in the order of the products. goals_of: what a file at path says of a product."""
+def read_goals(products: dict, path: Path, said: dict, goals_of, seed: int) -> list[Goal]:
+    """All goals in the order of the products. goals_of: from what is said of a product, at path."""
     goals = []
     for name, item in products.items():
         try:
