@@ -21,7 +21,8 @@ from functools import cache
 
 import numpy as np
 
-K1, B = 0.9, 0.4
+K1 = 0.9
+B = 0.4
 
 # ---------------------------------------------------------------------------------- words, stems
 

@@ -1,7 +1,7 @@
 """A web page cut down to what surrounds a few of its elements, and spelled in few tokens.
 
-    <form class="search-box"><input name="q" type="text" placeholder="City"/><p>...</p></form>
-    <form> <input id=0 text q city /> </form>
+    <div><form><input name="q" type="text" placeholder="City"/><button class="Go"/></form></div>
+    <form> <input id=0 text q city /> <button go /> </form>
 
 Kept are the candidates, their ancestors, what is inside them (six levels, the first fifty
 elements) and three neighbours on either side. A wrapper that says nothing and holds at most one
@@ -16,7 +16,9 @@ from html import unescape
 from xml.etree.ElementTree import Element
 
 ID = "backend_node_id"
-LEVELS, INSIDE, NEIGHBOURS = 6, 50, 3
+LEVELS = 6  # inside a candidate
+INSIDE = 50  # elements inside a candidate
+NEIGHBOURS = 3  # on either side of a candidate
 WORDS = 20  # of a text, and of all attributes of an element
 ATTRIBUTES = (
     "role aria_role type alt aria_description aria_label label title name text_value value "
@@ -69,7 +71,8 @@ def prune(page: Element, names: list[str]) -> Element:
         if node.tag != "text" and node not in keep:
             return []
         new = Element(node.tag, node.attrib)
-        new.text, new.tail = node.text, node.tail
+        new.text = node.text
+        new.tail = node.tail
         new.extend(piece for child in node for piece in cut(child))
         if node not in candidates:
             new.attrib.pop(ID, None)

@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from make_shop import write_shop
 
+from benchmarks import items
 from benchmarks.shop_catalogue import draw_limit, read_catalogue, read_options, read_prices
 from benchmarks.shop_reward import Goal, Product
 from benchmarks.web_shopping import Session, Shop, Visit, episode, load
@@ -368,3 +369,17 @@ def test_human_goals_that_are_no_good(tmp_path):
 def test_options_may_be_missing():
     """Nothing, an empty text, or nothing for a name."""
     assert read_options(None) == read_options("") == read_options({"Size": None}) == {}
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_a_list_is_read_in_blocks(tmp_path, monkeypatch, block):
+    """Whatever the size of a block, the entries are those that json.load finds."""
+    monkeypatch.setattr(items, "BLOCK", block)
+    wanted = [{"a": [1, "]", '"', "\\"]}, "x, y", None, {}, [[]], "é🙂"]
+    path = tmp_path / "list.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps(wanted, indent=indent) + "\n", encoding="utf-8")
+        assert list(items.json_items(path, "cure")) == wanted
+    path.write_text(json.dumps(wanted)[:-1])
+    with pytest.raises(ValueError, match=r"list.json: not a list in JSON .*; cure"):
+        list(items.json_items(path, "cure"))
