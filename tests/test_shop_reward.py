@@ -164,6 +164,16 @@ def test_token_set_ratios_are_those_of_thefuzz(a, b, ratio):
     assert token_set_ratio(a, b) == ratio == token_set_ratio(b, a)
 
 
+def test_a_ratio_above_85_is_a_hit():
+    """86 is, 83 is not, for attributes and for options."""
+    for own, wanted, hit in (
+        ("machine wash", "machine washable", 1),
+        ("charge fast", "fast charging", 0),
+    ):
+        assert attribute_hits(product(attributes=(own,)), [wanted]) == hit
+        assert option_hits([own], [wanted]) == hit
+
+
 # ------------------------------------------------------------------------------------- the reward
 
 
