@@ -36,7 +36,7 @@ CONTEXT = 1024  # of the random checkpoint, which reads a byte a token
 SECRET = "hf_TheTokenThatNobodyMayRead"
 
 
-def no_report(folder, loaded) -> None:
+def no_report(folder, loaded, before) -> None:
     """Stands for evaluate.report, which takes longer than all the rest."""
 
 

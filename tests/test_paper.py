@@ -285,7 +285,7 @@ def default(checkpoint, tmp_path_factory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(genpi, "synthesise", note_plan)
         patch.setattr(genpi, "train", note_training)
-        patch.setattr(genpi, "report", lambda *args: None)
+        patch.setattr(genpi, "report", lambda *args, before: None)
         paths = ["--model", model, "--prompt", folder / "os.txt", "--out", found.out]
         assert genpi.main([*map(str, paths), "--device", "cpu"]) == 0
     return found

@@ -133,7 +133,7 @@ def finished(checkpoint, tmp_path_factory):
     (folder / "p.txt").write_text("Answer in one word.\n")
     flags = [*SIZES.split(), "--model", str(checkpoint), "--prompt", str(folder / "p.txt")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(genpi, "report", lambda *_: None)
+        patch.setattr(genpi, "report", lambda *_, before: None)
         patch.setattr(synth, "more_inputs", lambda *_: INPUTS)
         assert genpi.main([*flags, "--out", str(folder / "run")]) == 0
     return folder / "run", flags
@@ -150,7 +150,7 @@ def open_as(finished, monkeypatch, capsys):
     """Open a run folder in one of four ways -> (exit code, stdout, stderr)."""
     monkeypatch.setattr(costs, "REPEATS", 1)
     monkeypatch.setattr(costs, "DECODED", 2)
-    monkeypatch.setattr(genpi, "report", lambda *_: None)
+    monkeypatch.setattr(genpi, "report", lambda *_, before: None)
     monkeypatch.setattr(synth, "more_inputs", lambda *_: INPUTS)
     monkeypatch.setattr("builtins.input", lambda ask: "/quit")
     programs = {

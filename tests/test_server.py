@@ -110,7 +110,7 @@ def short(monkeypatch):
 @pytest.fixture
 def run(checkpoint, tmp_path, capsys, monkeypatch):
     """Run genpi.py without its report -> (exit code, stdout, stderr)."""
-    monkeypatch.setattr(genpi, "report", lambda *_: None)
+    monkeypatch.setattr(genpi, "report", lambda *_, before: None)
     (tmp_path / "prompt.txt").write_text("Answer in one word.\n")
 
     def call(url, *flags):

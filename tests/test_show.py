@@ -227,7 +227,7 @@ def test_a_run_begun_with_the_same_flags(flags, tmp_path, capsys, monkeypatch):
     """
     monkeypatch.setattr(genpi, "train_adapter", lambda *_: None)
     monkeypatch.setattr(genpi.lora, "save_adapter", lambda *_, **__: None)
-    monkeypatch.setattr(genpi, "report", lambda *_: None)
+    monkeypatch.setattr(genpi, "report", lambda *_, before: None)
     assert call(capsys, *flags)[0] == 0
     for path in (tmp_path / "run" / "data.jsonl", tmp_path / "run" / "inputs.json"):
         path.write_text(path.read_text().replace("Count to 3.", "Count to 4."))
