@@ -11,6 +11,7 @@ does all of it, on a base model quantised to NF4:
     adapter  = argmin  lam * nll(yT | x, env) + (1 - lam) * nll(p, r | x, yS, yT)  loss.py, train.py
     report   = how much was internalised, and does it pay?                         evaluate.py
 
+or the adapter descends what the paper compares this with (--objective, --pg-target: objectives.py).
 This file is the command: the run, --show, --dry-run, --chat, and the flags.
 
 Departures from the paper, each with its reason:

@@ -69,12 +69,14 @@ def fate(run: Run, chat: Chat, record: Record) -> str:
 
 def sequences(run: Run, chat: Chat, record: Record) -> list[tuple[str, Sequence]]:
     """The training sequences with their names: the very ones of the training."""
-    weight = f"Eq. 2, weight {run.lam:g}"
     sft = conversation_sequence(chat, run.prompt, record, run.objective)
-    found = [(f"SFT ({weight})", sft)]
+    found = [(f"SFT (Eq. 2, weight {run.lam:g})", sft)]
     if isinstance(sft, Twin):
-        name = "SFT" if run.objective == "prepend" else run.objective.upper()
-        found = [(f"{name} ({weight})", sft.bare), (f"{name}, with p in the context", sft.prompted)]
+        one, other = "of the adapter", "of its teacher"
+        if run.objective == "prepend":
+            one = f"with probability {1 - run.prepend_prob:g}"
+            other = f"with probability {run.prepend_prob:g}"
+        found = [(f"{run.objective}, {one}", sft.bare), (f"{run.objective}, {other}", sft.prompted)]
     target = "Eq. 3" if run.pg_target == "prompt+reason" else f"Eq. 3, {run.pg_target}"
     pg = pg_sequence(chat, run.prompt, record, run.pg_target)
     return [*found, (f"PG ({target}, weight {1 - run.lam:g})", pg)]

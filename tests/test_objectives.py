@@ -13,6 +13,8 @@ import lora
 import loss
 import objectives
 import runs
+import show
+import synth
 import train as room
 from chat import Chat
 from loss import IGNORE, batch_nll, pg_sequence, sft_sequence, teacher_sequence
@@ -29,7 +31,7 @@ from objectives import (
     token_kl,
 )
 from prompt import Prompt
-from runs import Record
+from runs import Record, read_metrics
 from train import Recipe, train, train_step, training_sequences
 
 CHAT = Chat(Path(__file__).resolve().parent.parent / "tiny", 2048)
@@ -341,7 +343,31 @@ def test_a_conversation_that_does_not_fit_with_p_is_left_out(objective, capsys):
     assert len(training_sequences(chat, prompt, [RECORD, long], 1.0, "sft")[0]) == 2
 
 
-# ---------------------------------------------------------------------------------------- flags
+# ----------------------------------------------------------------------------- command and flags
+
+
+def test_two_objectives_on_the_same_records(checkpoint, tmp_path, monkeypatch, capsys):
+    """--records hands them on; the choice is in args.json, and the folder takes no other."""
+    monkeypatch.setattr(genpi, "report", lambda *_, before: None)
+    monkeypatch.setattr(synth, "more_inputs", lambda *_: ["Count to 3.", "Name a tree.", "Say no."])
+    (tmp_path / "p.txt").write_text("Answer in one word.\n")
+    flags = f"""--samples 2 --held-out 1 --epochs 1 --batch 2 --max-new-tokens 4 --rank 2
+    --max-reason-tokens 4 --device cpu --model {checkpoint} --prompt {tmp_path / "p.txt"}""".split()
+    first, second = tmp_path / "genpi", tmp_path / "kld"
+    other = [*flags, "--out", str(second), "--records", str(first), "--objective"]
+    assert genpi.main([*flags, "--out", str(first)]) == 0
+    assert genpi.main([*other, "seqkd+kld"]) == 0
+    assert (first / "data.jsonl").read_bytes() == (second / "data.jsonl").read_bytes()
+    run = runs.load_run(second, "cpu")
+    assert (run.objective, run.lam, run.pg_target) == ("seqkd+kld", 1.0, "prompt+reason")
+    names = [name for name, _ in show.sequences(run, CHAT, RECORD)]
+    assert names[:2] == ["seqkd+kld, of the adapter", "seqkd+kld, of its teacher"]
+    row = read_metrics(second / "metrics.jsonl")[0]
+    assert row["sft"] > 0 and row["pg"] == 0
+    capsys.readouterr()
+    assert genpi.main([*other, "kld"]) == 2
+    told = capsys.readouterr().err
+    assert "objective seqkd+kld (now kld)" in told and "--out" in told
 
 
 @pytest.mark.parametrize(
