@@ -40,6 +40,7 @@ import costs
 import exam
 import lora
 import loss
+import objectives
 import picture
 import runs
 from chat import Chat
@@ -63,9 +64,7 @@ EXAMINED = 100  # training records that are looked through for what shows a rule
 @torch.no_grad()
 def mean_nll(model: Llama, sequences: list[loss.Sequence], tokens: int) -> float:
     """nats/token over all targets."""
-    device = next(model.parameters()).device
-    batches = micro_batches(sequences, tokens, device)
-    nats = sum(loss.sequence_nll(model, ids, labels).item() for ids, labels in batches)
+    nats = sum(loss.batch_nll(model, rows).item() for rows in micro_batches(sequences, tokens))
     return nats / sum(sequence.n_targets for sequence in sequences)
 
 
@@ -184,16 +183,21 @@ def matched_ratio(wanted: list[int], said: list[int]) -> float:
     return sum(block.size for block in blocks) / max(1, len(wanted))
 
 
-def recall(voice: Voice, prompt: Prompt, records: list[Record]) -> dict:
-    """Ask for p as in training -> matched-token ratio, and each line's nats/token, worst first."""
+def recall(
+    voice: Voice, prompt: Prompt, records: list[Record], target: str = "prompt+reason"
+) -> dict:
+    """Ask for p as in training -> matched-token ratio, and each line's nats/token, worst first.
+
+    target: of --pg-target, one that asks for p.
+    """
     chat = voice.chat
     wanted = chat.tokens(prompt.text)
-    asked = [loss.prompt_question(record) for record in records]
+    asked = [objectives.pg_messages(prompt, record, target)[:-1] for record in records]
     room = chat.context - max(len(chat.encode(question, reply=True)[0]) for question in asked)
     said = say(voice, asked, Sampling(min(room, len(wanted) + 64)))
     recited = [chat.tokens(text.split(loss.BEFORE_REASON)[0]) for text in said]
     ratios = [matched_ratio(wanted, tokens) for tokens in recited]
-    nats = [line_nll(voice.model, chat, prompt, record) for record in records]
+    nats = [line_nll(voice.model, chat, prompt, record, target) for record in records]
     means = map(statistics.mean, zip(*nats, strict=True))  # of a line over the records
     pairs = zip(prompt.text.splitlines(True), means, strict=True)
     rows = [{"line": i, "text": line, "nll": nll} for i, (line, nll) in enumerate(pairs, 1)]
@@ -202,9 +206,11 @@ def recall(voice: Voice, prompt: Prompt, records: list[Record]) -> dict:
 
 
 @torch.no_grad()
-def line_nll(model: Llama, chat: Chat, prompt: Prompt, record: Record) -> list[float]:
+def line_nll(
+    model: Llama, chat: Chat, prompt: Prompt, record: Record, target: str = "prompt+reason"
+) -> list[float]:
     """nats/token of each line of p in one PG sequence."""
-    sequence = loss.pg_sequence(chat, prompt, record)
+    sequence = objectives.pg_sequence(chat, prompt, record, target)
     device = next(model.parameters()).device
     targets = loss.next_tokens(torch.tensor([sequence.labels], device=device))
     asked = targets != loss.IGNORE
@@ -248,8 +254,10 @@ def measure(
     nll = nll_of_three(model, chat, run, held_out)
     agree = agreement_by_turn(voice, run.task, held_out, run.max_new_tokens)
     played = closed_loop(voice, run, held_out)
-    asked = [r for r in held_out if len(loss.pg_sequence(chat, prompt, r).ids) <= chat.context]
-    recited = recall(voice, prompt, asked[:RECALLED]) if asked else None
+    target = objectives.recalled(run.lam, run.pg_target)
+    reciting = [(r, objectives.pg_sequence(chat, prompt, r, target)) for r in held_out]
+    asked = [record for record, sequence in reciting if len(sequence) <= chat.context]
+    recited = recall(voice, prompt, asked[:RECALLED], target) if asked else None
     shown = [record for record in training if not record.overlong][-EXAMINED:]
     found = exam.examine(voice, prompt, run.task, held_out, shown, run.max_new_tokens, before)
     unmerged = first_replies(voice, held_out, run.max_new_tokens)
@@ -259,6 +267,8 @@ def measure(
     same = [same_action(run.task, *pair) for pair in zip(merged, unmerged, strict=True)]
     return {
         "model": run.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": run.lam,
+        "objective": run.objective,
+        "trained": objectives.in_words(run.objective, run.lam, run.pg_target, run.prepend_prob),
         "trainable_params": trainable, "total_params": trainable + base,
         "samples": len(training), "held_out": len(held_out),
         "teacher_follows": follows(run.task, held_out),
@@ -286,7 +296,7 @@ def markdown(report: dict, name: str) -> str:
     return f"""# {name}: {report["prompt_tokens"]} prompt tokens in {report["trainable_params"]:,} \
 parameters ({part:.1f} %)
 
-{report["held_out"]} held-out inputs; trained on {report["samples"]}, lam {report["lam"]:g}\
+{report["held_out"]} held-out inputs; trained on {report["samples"]}, {report["trained"]}\
 {followed(report["teacher_follows"])}
 
 | (intervals of 95 %) | base, no prompt | teacher, prompt | adapter, no prompt |

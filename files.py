@@ -74,8 +74,11 @@ def check_kinds(found: dict, needed: dict[str, type]) -> None:
             raise ValueError(f"{name} = {found[name]!r:.40} is not a proper {wanted}")
 
 
-def read_json(path: Path, cure: str = AGAIN, needed: dict[str, type] | None = None) -> dict:
-    """The JSON object in a file. needed: its fields and their kinds.
+def read_json(
+    path: Path, cure: str = AGAIN, needed: dict[str, type] | None = None, absent: dict | None = None
+) -> dict:
+    """The JSON object in a file. needed: its fields and their kinds; absent: values of fields that
+    it may lack.
 
     Raises: ValueError if the file is missing or damaged, or a field is missing or of another kind.
     """
@@ -87,6 +90,7 @@ def read_json(path: Path, cure: str = AGAIN, needed: dict[str, type] | None = No
         raise ValueError(f"{path}: not JSON ({error}); {cure}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no JSON object; {cure}")
+    found = (absent or {}) | found
     try:
         check_kinds(found, needed or {})
     except ValueError as error:

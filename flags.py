@@ -13,6 +13,13 @@ class Flags(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(f"{message.removeprefix('argument ')}; see --help")
 
+    def said(self, argv: list[str] | None) -> dict:
+        """The flags that argv gives, without those that have their defaults."""
+        unsaid = object()
+        blank = argparse.Namespace(**dict.fromkeys(vars(self.parse_args(argv)), unsaid))
+        found = vars(self.parse_args(argv, blank))
+        return {name: value for name, value in found.items() if value is not unsaid}
+
 
 def number(kind: type, low: float, high: float = math.inf):
     """The argparse type of numbers from `low` to `high`, both included."""

@@ -18,8 +18,9 @@ import torch
 
 import lora
 from chat import Chat
-from loss import pg_sequence, sft_sequence
+from loss import Sequence
 from model import Llama
+from objectives import prepend
 from prompt import Prompt
 from runs import Record
 from sampler import Sampling, Voice
@@ -34,12 +35,13 @@ def dry_run(
     generator: Voice | Server,
     prompt: Prompt,
     records: list[Record],
+    pairs: tuple[list[Sequence], list[Sequence]],
     recipe: Recipe,
     counts: tuple[int, int],
 ) -> str:
     """Measure and tell what a run takes. voice: its model has the adapter. records: made for this.
 
-    counts: the samples and the held-out ones.
+    pairs: their SFT and PG sequences; counts: the samples and the held-out ones.
     """
     with lora.adapter_off(voice.model):
         rates = {"model": sampling_rate(voice, prompt, records)}
@@ -48,14 +50,14 @@ def dry_run(
         rates["generator"] = None
     elif generator is not voice:
         rates["generator"] = sampling_rate(generator, prompt, records)
-    rates["training"] = training_rate(voice.model, voice.chat, prompt, records, recipe)
-    lengths = text_lengths(voice.chat, prompt, records)
+    rates["training"] = training_rate(voice.model, *pairs, recipe)
+    lengths = text_lengths(voice.chat, records) | sequence_lengths(*pairs, recipe)
     found = forecast(lengths, rates, counts, recipe)
     return page(found, lengths, recipe, peak_bytes(voice.model.lm_head.weight.device))
 
 
-def text_lengths(chat: Chat, prompt: Prompt, records: list[Record]) -> dict[str, float]:
-    """Mean tokens of a record: what the model writes, what the generator writes, both sequences."""
+def text_lengths(chat: Chat, records: list[Record]) -> dict[str, float]:
+    """Mean tokens of a record: what the model writes, what the generator writes."""
 
     def written(texts: list[str]) -> int:
         return sum(len(chat.tokens(text)) + 1 for text in texts)  # and the end of the turn
@@ -64,12 +66,18 @@ def text_lengths(chat: Chat, prompt: Prompt, records: list[Record]) -> dict[str,
         {
             "model": written([*record.turns, record.student]),
             "generator": written([record.pseudo_input, record.reason]),
-            "sft": len(sft_sequence(chat, record).ids),
-            "pg": len(pg_sequence(chat, prompt, record).ids),
         }
         for record in records
     ]
     return {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+
+
+def sequence_lengths(sft: list[Sequence], pg: list[Sequence], recipe: Recipe) -> dict[str, float]:
+    """Mean tokens of the sequences that a step reads, without the teacher's."""
+    if recipe.objective == "prepend":
+        sft = sum((prepend(sft, recipe.prepend_prob, recipe.seed, step) for step in range(99)), [])
+    means = [statistics.mean(len(sequence.ids) for sequence in each) for each in (sft, pg)]
+    return dict(zip(("sft", "pg"), means, strict=True))
 
 
 def sampling_rate(voice: Voice, prompt: Prompt, records: list[Record]) -> float:
@@ -82,12 +90,14 @@ def sampling_rate(voice: Voice, prompt: Prompt, records: list[Record]) -> float:
     return sum(len(voice.chat.tokens(text)) + 1 for text in texts) / seconds
 
 
-def training_rate(model: Llama, chat: Chat, prompt: Prompt, records, recipe: Recipe) -> float:
+def training_rate(model: Llama, sft: list[Sequence], pg: list[Sequence], recipe: Recipe) -> float:
     """tokens/s of a step on a full micro-batch of each kind. The model has an adapter; it stays."""
-    longest = max(len(pg_sequence(chat, prompt, record).ids) for record in records)
-    batch = list(islice(cycle(records), max(1, recipe.micro_tokens // longest)))
-    sft = [sft_sequence(chat, record) for record in batch] if recipe.lam > 0 else []
-    pg = [pg_sequence(chat, prompt, record) for record in batch] if recipe.lam < 1 else []
+    sft = sft if recipe.lam > 0 else []
+    pg = pg if recipe.lam < 1 else []
+    rows = max(1, recipe.micro_tokens // max(map(len, sft + pg)))
+    sft, pg = (list(islice(cycle(each), rows)) for each in (sft, pg))
+    if recipe.objective == "prepend":
+        sft = prepend(sft, recipe.prepend_prob, recipe.seed, 0)
     still = torch.optim.SGD(lora.adapter_parameters(model), lr=0.0)
     model.train()
     for _ in range(2):  # the first warms up

@@ -11,6 +11,7 @@ does all of it, on a base model quantised to NF4:
     adapter  = argmin  lam * nll(yT | x, env) + (1 - lam) * nll(p, r | x, yS, yT)  loss.py, train.py
     report   = how much was internalised, and does it pay?                         evaluate.py
 
+or the adapter descends what the paper compares this with (--objective, --pg-target: objectives.py).
 This file is the command: the run, --show, --dry-run, --chat, and the flags.
 
 Departures from the paper, each with its reason:
@@ -66,6 +67,7 @@ from flags import SHARE, WHOLE, Flags, device_flag, generator_flag, number, utf8
 from loss import joint_loss as joint_loss
 from loss import token_nll as token_nll
 from model import Llama, load_model, read_shape
+from objectives import LAMS, check_flags
 from prompt import TASKS, Prompt, Task, parse_demos, parse_prompt
 from runs import HERE
 from sampler import Voice
@@ -241,7 +243,7 @@ def train_adapter(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
         raise ValueError(f"{args.out}: no records; every process must see this folder")
     samples, _ = runs.split_records(records, args.samples, args.held_out)
     samples += runs.covering_records(args.out)
-    sft, pg = training_sequences(chat, prompt, samples, args.lam)
+    sft, pg = training_sequences(chat, prompt, samples, args.lam, args.objective, args.pg_target)
     add_adapter(args, model)
     train(model, sft, pg, open_recipe(args), args.out)
 
@@ -317,14 +319,14 @@ def dry_run(args) -> None:
     with two_records(args, prompt, model, chat) as folder:
         records = runs.read_records(folder / "data.jsonl")
     whole = [r for r in records if not (r.overlong or r.no_reason)]
-    training_sequences(chat, prompt, whole, args.lam)  # says if none fits
+    pairs = training_sequences(chat, prompt, whole, args.lam, args.objective, args.pg_target)
     voice = Voice(model, chat, args.slots)
     generator = open_generator(args, voice)
     add_adapter(args, model)
     wanted = args.samples + args.held_out
     given = range(min(wanted, len(read_inputs(args)) or wanted))
     counts = tuple(map(len, runs.split_records(given, args.samples, args.held_out)))
-    print(forecast.dry_run(voice, generator, prompt, whole, open_recipe(args), counts))
+    print(forecast.dry_run(voice, generator, prompt, whole, pairs, open_recipe(args), counts))
 
 
 # ------------------------------------------------------------------------------------------ flags
@@ -386,6 +388,12 @@ def build_parser() -> Flags:
 def training_flags(parser: Flags) -> None:
     add = parser.add_argument_group("training (GenPI section 4 and C.4, QLoRA)").add_argument
     add("--lam", type=SHARE, default=Recipe.lam, help="weight of SFT; 1: SFT alone, 0: PG alone")
+    add("--objective", choices=runs.OBJECTIVES, default=Recipe.objective,
+        help="or one that the paper compares with; all but genpi have a lam of their own")
+    add("--pg-target", choices=runs.PG_TARGETS, default="prompt+reason",
+        help="what L_PG writes, given what")
+    add("--prepend-prob", type=SHARE, default=Recipe.prepend_prob, metavar="Q",
+        help="of --objective prepend: how often p is in the context")
     add("--pg-share", type=number(float, 1e-6, 1), default=Recipe.pg_share, metavar="S",
         help="share of a batch whose PG loss is computed: the same on average, for less")
     add("--epochs", type=number(int, 1, 10_000), default=Recipe.epochs,
@@ -414,7 +422,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     opened = args.chat or isinstance(args.show, Path)  # that run knows its model and device
     if args.model is None and not opened:
         parser.set_defaults(model="tiny", model_path="tiny", **EMBEDDED)
-        args = parser.parse_args(argv)
+    parser.set_defaults(lam=LAMS.get(args.objective, Recipe.lam))
+    args = parser.parse_args(argv)
+    check_flags(args.objective, args.lam, parser.said(argv))
     args.task = args.task or (args.prompt.stem if args.prompt.stem in TASKS else "any")
     args.environment = args.environment or TASKS[args.task].environment
     args.max_turns = args.max_turns or TASKS[args.task].max_turns

@@ -71,6 +71,9 @@ class Sequence:
     ids: list[int]
     labels: list[int]  # the id itself where it is a target, else IGNORE
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     @property
     def n_targets(self) -> int:
         return sum(label != IGNORE for label in self.labels)
@@ -107,7 +110,7 @@ def teacher_sequence(chat: Chat, prompt: Prompt, record: Record) -> Sequence:
     return turns_sequence(chat, prompt.teacher(record.pseudo_input), record)
 
 
-QUESTION = """A user wrote:
+REPLIES = """A user wrote:
 
 {record.pseudo_input}
 
@@ -119,9 +122,8 @@ With a prompt you replied:
 
 {record.teacher}
 
-Write out that prompt, and after it the reason why it changed your reply."""
-
-
+"""
+QUESTION = REPLIES + "Write out that prompt, and after it the reason why it changed your reply."
 BEFORE_REASON = "\n\nReason:"
 
 
@@ -143,6 +145,19 @@ def pg_sequence(chat: Chat, prompt: Prompt, record: Record) -> Sequence:
 
 
 # ------------------------------------------------------------------------------------ fast path
+
+
+def padded(sequences: list[Sequence], device) -> tuple[Tensor, Tensor]:
+    """ids and labels (B, T) of some sequences, padded on the right to the longest of them."""
+    T = max(len(s.ids) for s in sequences)
+    ids = [s.ids + [0] * (T - len(s.ids)) for s in sequences]
+    labels = [s.labels + [IGNORE] * (T - len(s.labels)) for s in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
+
+
+def batch_nll(model: Llama, sequences: list[Sequence]) -> Tensor:
+    """Nats over the targets of some sequences, which are one forward pass."""
+    return sequence_nll(model, *padded(sequences, model.lm_head.weight.device))
 
 
 def sequence_nll(model: Llama, ids: Tensor, labels: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ COLOUR = {"base": "#8c959f", "adapter": "#bc4c00", "sft": "#bc4c00", "pg": "#096
 
 def draw(report: dict, metrics: list[dict], name: str) -> str:
     """Draw the panels for which there is data -> an SVG file. metrics: rows of metrics.jsonl."""
-    panels = [p for p in (losses(metrics), agreement(report), exam(report), recall(report)) if p]
+    lines = losses(metrics, report.get("objective", "genpi"))
+    panels = [p for p in (lines, agreement(report), exam(report), recall(report)) if p]
     groups = [f'<g transform="translate({60 + 330 * i},90)">{p}</g>' for i, p in enumerate(panels)]
     size = f'width="{330 * max(1, len(panels)) + 10}" height="270" font-size="11"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
@@ -22,11 +23,13 @@ def draw(report: dict, metrics: list[dict], name: str) -> str:
     return "\n".join([head, paper, words(60, 30, name, "#1f2328"), *groups, "</svg>\n"])
 
 
-def losses(metrics: list[dict]) -> str:
+def losses(metrics: list[dict], objective: str) -> str:
     """Draw the losses, from 10 to 0.001 in every run; one that is always 0 was not trained."""
     steps = {row["step"]: WIDTH * i / max(1, len(metrics) - 1) for i, row in enumerate(metrics)}
     ends = {step: x for step, x in steps.items() if step in (min(steps), max(steps))}
     names = {key: key.upper() for key in ("sft", "pg") if any(row[key] for row in metrics)}
+    if "kld" in objective:  # whose cost stands in the place of L_SFT
+        names["sft"] = objective.upper()
     marks = []
     for key in names:
         logs = [math.log10(min(10, max(row[key], 1e-3))) for row in metrics]

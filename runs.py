@@ -55,6 +55,11 @@ COVER = "cover"
 SAME_KIND = (  # what a run and the one that it goes on from after an edit of the prompt share
     "task", "environment", "max_turns", "model_sha256", "chat_format", "rank", "alpha",
 )  # fmt: skip
+OBJECTIVES = ("genpi", "sft", "pg", "prepend", "seqkd", "kld", "seqkd+kld")
+PG_TARGETS = ("prompt+reason", "prompt", "reason", "reason-given-prompt", "prompt-given-reason")
+LATER = {  # flags that a folder of an earlier version lacks, and what it did
+    "objective": "genpi", "pg_target": "prompt+reason", "prepend_prob": 1.0,
+}  # fmt: skip
 HERE = Path(__file__).resolve().parent
 ELSEWHERE = "choose another folder with --out"
 ANEW = "make the run anew, with another --out"
@@ -118,7 +123,10 @@ def read_inputs(path: Path) -> Inputs:
 
 @dataclass
 class Step:
-    """An optimiser step: a line of metrics.jsonl. sft, pg: losses in nats/token."""
+    """An optimiser step: a line of metrics.jsonl. sft, pg: losses in nats/token.
+
+    Where the objective has another cost than -log P, as kld, sft is that cost.
+    """
 
     step: int
     sft: float
@@ -303,7 +311,7 @@ def changed_flags(flags: dict, before: dict) -> list[str]:
         "generator",
     }  # hashed: places may change
     free = NOT_COMPARED | (named if flags["generator"] else named - {"generator"})
-    return told_apart([name for name in flags if name not in free], flags, before)
+    return told_apart([name for name in flags if name not in free], flags, LATER | before)
 
 
 def has_records(args, known: dict) -> bool:
@@ -329,6 +337,9 @@ class Run:
     held_out: int
     max_new_tokens: int
     lam: float
+    objective: str
+    pg_target: str
+    prepend_prob: float
     slots: int
     micro_tokens: int
 
@@ -371,9 +382,11 @@ def load_run(folder: Path, device: str | None = None, model: str | None = None) 
     if not path.exists():
         told = "no args.json, so it is no run folder; give the --out of an earlier run"
         raise ValueError(f"{folder}: {told}")
-    args = read_json(path, ANEW, FLAGS)
-    if args["task"] not in TASKS:
-        raise ValueError(f"{path}: no task is called {args['task']}; {ANEW}")
+    args = read_json(path, ANEW, FLAGS, LATER)
+    names = {"task": TASKS, "objective": OBJECTIVES, "pg_target": PG_TARGETS}
+    for flag, known in names.items():
+        if args[flag] not in known:
+            raise ValueError(f"{path}: no {flag} is called {args[flag]}; {ANEW}")
     if zero := [name for name, kind in FLAGS.items() if kind is int and args[name] == 0]:
         raise ValueError(f"{path}: {zero[0]} = 0 is too little; {ANEW}")
     here = "cuda" if torch.cuda.is_available() and args["device"] == "cuda" else "cpu"

@@ -16,8 +16,9 @@ from pathlib import Path
 import runs
 from chat import Chat
 from files import UNSEEN
-from loss import IGNORE, Sequence, pg_sequence, sft_sequence
+from loss import IGNORE, Sequence
 from model import read_shape
+from objectives import Twin, conversation_sequence, pg_sequence
 from runs import Record, Run
 from synth import FAULTS
 from train import base_folder
@@ -55,8 +56,9 @@ def fate(run: Run, chat: Chat, record: Record) -> str:
     """What becomes of a record: is it trained on, and if not, why?"""
     if record.overlong or (record.no_reason and run.lam < 1):
         return "left out, since it did not fit the context"
-    asked = sequences(run, chat, record) if run.lam < 1 else sequences(run, chat, record)[:1]
-    longest = max(len(sequence.ids) for _, sequence in asked)
+    asked = sequences(run, chat, record)
+    asked = asked if run.lam < 1 else asked[:-1]
+    longest = max(len(sequence) for _, sequence in asked)
     if longest > chat.context:
         return f"left out, since {longest} tokens do not fit the context of {chat.context}"
     inputs = runs.read_inputs(run.folder / "inputs.json").inputs
@@ -66,10 +68,18 @@ def fate(run: Run, chat: Chat, record: Record) -> str:
 
 
 def sequences(run: Run, chat: Chat, record: Record) -> list[tuple[str, Sequence]]:
-    """Both training sequences with their names: the very ones of the training."""
-    sft = f"SFT (Eq. 2, weight {run.lam:g})", sft_sequence(chat, record)
-    pg = f"PG (Eq. 3, weight {1 - run.lam:g})", pg_sequence(chat, run.prompt, record)
-    return [sft, pg]
+    """The training sequences with their names: the very ones of the training."""
+    sft = conversation_sequence(chat, run.prompt, record, run.objective)
+    found = [(f"SFT (Eq. 2, weight {run.lam:g})", sft)]
+    if isinstance(sft, Twin):
+        one, other = "of the adapter", "of its teacher"
+        if run.objective == "prepend":
+            one = f"with probability {1 - run.prepend_prob:g}"
+            other = f"with probability {run.prepend_prob:g}"
+        found = [(f"{run.objective}, {one}", sft.bare), (f"{run.objective}, {other}", sft.prompted)]
+    target = "Eq. 3" if run.pg_target == "prompt+reason" else f"Eq. 3, {run.pg_target}"
+    pg = pg_sequence(chat, run.prompt, record, run.pg_target)
+    return [*found, (f"PG ({target}, weight {1 - run.lam:g})", pg)]
 
 
 def spans(chat: Chat, sequence: Sequence) -> Iterator[tuple[str, bool]]:

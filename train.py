@@ -5,7 +5,8 @@ A step takes a batch of samples, each an SFT and a PG sequence (loss.py), and de
     L = (1 - lam) * sum PG nats / PG tokens + lam * sum SFT nats / SFT tokens
 
 where the sums run over the whole batch. Micro-batches and processes only share out the sum, so
-that neither their size nor their number changes the gradient.
+that neither their size nor their number changes the gradient. Other objectives, with which the
+paper compares this one, put other sequences or another cost in their place (objectives.py).
 
 Everything that a step depends on is in its number, the seed and the last checkpoint: the rate, the
 order of the samples, the noise of dropout. So a training that was interrupted anywhere and begun
@@ -37,15 +38,13 @@ from chat import Chat
 from checkpoint import fingerprint
 from files import append_row, replacing, write_rows
 from loss import (
-    IGNORE,
     Sequence,
     joint_loss,
-    pg_sequence,
-    sequence_nll,
     sft_sequence,
     token_nll,
 )
 from model import Llama, load_model
+from objectives import conversation_sequence, cost_of, pg_sequence, prepend
 from prompt import Prompt
 from runs import (
     Record,
@@ -63,6 +62,8 @@ class Recipe:
     """How the adapter is trained; the defaults are the paper's, or QLoRA's where it is silent."""
 
     lam: float = 0.7  # weight of SFT; 1 is SFT alone, 0 is PG alone
+    objective: str = "genpi"  # or one that the paper compares with (objectives.py)
+    prepend_prob: float = 1.0  # of prepend, that a conversation has p in its context
     pg_share: float = 1.0  # of a batch's samples, drawn anew each step, whose PG loss is computed
     epochs: int = 10
     batch: int = 32  # samples of an optimiser step
@@ -79,7 +80,12 @@ class Recipe:
 
 
 def training_sequences(
-    chat: Chat, prompt: Prompt, records: list[Record], lam: float
+    chat: Chat,
+    prompt: Prompt,
+    records: list[Record],
+    lam: float,
+    objective: str = "genpi",
+    pg_target: str = "prompt+reason",
 ) -> tuple[list, list]:
     """The SFT and PG sequences of every record that fits the context; says how many do not.
 
@@ -89,14 +95,15 @@ def training_sequences(
     pg = []
     whole = [record for record in records if not record.overlong]
     for record in whole:
-        pair = sft_sequence(chat, record), pg_sequence(chat, prompt, record)
-        fits = [len(sequence.ids) <= chat.context for sequence in pair]
+        sequence = conversation_sequence(chat, prompt, record, objective)
+        pair = sequence, pg_sequence(chat, prompt, record, pg_target)
+        fits = [len(sequence) <= chat.context for sequence in pair]
         if fits[0] and (lam == 1 or fits[1] and not record.no_reason):
             sft.append(pair[0])
             pg.append(pair[1])
     limit = f"the context of {chat.context} tokens"
     if not sft:
-        alone = any(len(sft_sequence(chat, record).ids) <= chat.context for record in whole)
+        alone = any(len(sft_sequence(chat, record)) <= chat.context for record in whole)
         raise ValueError(f"no record fits {limit}: {why_none_fits(alone, lam)}, with another --out")
     if len(sft) < len(records):
         print(f"left out: {len(records) - len(sft)} of {len(records)} records do not fit {limit}")
@@ -137,10 +144,11 @@ def train_step(
     parameters = lora.adapter_parameters(model)
     means = torch.zeros(2, device=parameters[0].device)
     scale = LOSS_SCALE.get(model.lm_head.weight.dtype, 1)
+    cost = cost_of(recipe.objective)  # of GenPI loss.batch_nll: -log P of the targets
     for term, (sequences, some) in enumerate(((sft, sft), (pg, drawn or pg))):
         n_tokens = sum(sequence.n_targets for sequence in sequences)
-        for ids, labels in micro_batches(own_share(some), recipe.micro_tokens, means.device):
-            nats = sequence_nll(model, ids, labels) * (len(sequences) / len(some))
+        for rows in micro_batches(own_share(some), recipe.micro_tokens):
+            nats = cost(model, rows) * (len(sequences) / len(some))
             losses = [0.0, 0.0]  # a micro-batch is part of one of the two means
             losses[term] = nats / n_tokens
             (scale * joint_loss(*losses, recipe.lam)).backward()
@@ -154,18 +162,15 @@ def train_step(
     return *means.tolist(), norm
 
 
-def micro_batches(sequences: list[Sequence], tokens: int, device) -> Iterator[tuple]:
-    """Yield (ids, labels) (B, T), right-padded, of at most `tokens` padded tokens, longest first.
+def micro_batches(sequences: list[Sequence], tokens: int) -> Iterator[list[Sequence]]:
+    """Yield parts of the sequences, longest first, of at most `tokens` tokens once padded.
 
     Like lengths share a micro-batch, so that little is padding; a longer sequence goes alone.
     """
-    rest = sorted(sequences, key=lambda s: len(s.ids), reverse=True)
+    rest = sorted(sequences, key=len, reverse=True)
     while rest:
-        T = len(rest[0].ids)
-        rows = max(1, tokens // T)
-        ids = [s.ids + [0] * (T - len(s.ids)) for s in rest[:rows]]
-        labels = [s.labels + [IGNORE] * (T - len(s.labels)) for s in rest[:rows]]
-        yield torch.tensor(ids, device=device), torch.tensor(labels, device=device)
+        rows = max(1, tokens // len(rest[0]))
+        yield rest[:rows]
         rest = rest[rows:]
 
 
@@ -198,6 +203,8 @@ def train(
         samples = order[step * recipe.batch : (step + 1) * recipe.batch]
         sft_batch = [sft[i] for i in samples] if recipe.lam > 0 else []
         pg_batch = [pg[i] for i in samples] if recipe.lam < 1 else []
+        if recipe.objective == "prepend":
+            sft_batch = prepend(sft_batch, recipe.prepend_prob, recipe.seed, step)
         rate = learning_rate(step, steps, recipe)
         optimizer.param_groups[0]["lr"] = rate
         # a step that is done again drops the same numbers, and every process others
@@ -372,7 +379,7 @@ def team() -> tuple[int, int]:
 def own_share(sequences: list[Sequence]) -> list[Sequence]:
     """What this process computes of a batch: every n-th sequence in order of length."""
     rank, n = team()
-    return sorted(sequences, key=lambda s: len(s.ids))[rank::n] if n > 1 else sequences
+    return sorted(sequences, key=len)[rank::n] if n > 1 else sequences
 
 
 def add_up(parameters: list[torch.nn.Parameter], means: Tensor) -> None:

@@ -46,7 +46,7 @@ sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402
 import quant  # noqa: E402
 from chat import Chat  # noqa: E402
-from loss import pg_sequence, sft_sequence  # noqa: E402
+from loss import padded, pg_sequence, sft_sequence  # noqa: E402
 from model import Config, Llama, load_model  # noqa: E402
 from prompt import Prompt  # noqa: E402
 from runs import read_records  # noqa: E402
@@ -156,7 +156,7 @@ def peers_step(model, optimizer, sft, pg, tokens: int, device: str) -> tuple[flo
     for term, sequences in enumerate((sft, pg)):
         n_tokens = sum(s.n_targets for s in sequences)
         lengths = sorted((len(s.ids) for s in sequences), reverse=True)
-        for ids, labels in micro_batches(sequences, tokens, device):
+        for ids, labels in (padded(rows, device) for rows in micro_batches(sequences, tokens)):
             own = torch.tensor([lengths.pop(0) for _ in ids], device=device)
             mask = (torch.arange(ids.size(1), device=device) < own[:, None]).long()
             batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -23,6 +23,7 @@ from loss import (
     SlicedNLL,
     joint_loss,
     next_tokens,
+    padded,
     pg_sequence,
     sequence_nll,
     sft_sequence,
@@ -97,7 +98,7 @@ def test_micro_batches_add_up_to_the_batch(tokens):
     sequences = [Sequence([0 if w == IGNORE else w for w in row], row) for row in rows]
     parts = [
         token_nll(logits(*ids.shape), labels)
-        for ids, labels in micro_batches(sequences, tokens, "cpu")
+        for ids, labels in (padded(rows, "cpu") for rows in micro_batches(sequences, tokens))
     ]
     assert sum(nats.item() for nats, _ in parts) == pytest.approx(2 * log(2) + 2 * log(4))
     assert sum(n.item() for _, n in parts) == 4
@@ -106,7 +107,7 @@ def test_micro_batches_add_up_to_the_batch(tokens):
 def test_no_micro_batch_is_larger_than_allowed():
     """Padded size stays within the limit unless one sequence exceeds it; no row is lost."""
     sequences = [Sequence([0] * n, [0] * n) for n in (2, 9, 3, 3, 5, 1)]
-    shapes = [tuple(ids.shape) for ids, _ in micro_batches(sequences, 8, "cpu")]
+    shapes = [tuple(padded(rows, "cpu")[0].shape) for rows in micro_batches(sequences, 8)]
     assert shapes == [(1, 9), (1, 5), (2, 3), (2, 2)]
 
 

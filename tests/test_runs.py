@@ -24,6 +24,7 @@ from files import kinds, write_json, write_rows
 from lora import COMPARED, READ
 from runs import (
     FLAGS,
+    LATER,
     Inputs,
     Record,
     Step,
@@ -107,7 +108,8 @@ def test_a_run_costs_all_that_was_waited_for(tmp_path):
 
 def test_a_run_keeps_its_own_environment_and_turn_limit(tmp_path):
     """What the flags said goes before what the task says."""
-    flags = {name: kind(1) for name, kind in FLAGS.items()} | {"prompt_sha256": text_hash("Rules.")}
+    flags = {name: kind(1) for name, kind in FLAGS.items()} | LATER
+    flags |= {"prompt_sha256": text_hash("Rules.")}
     flags |= {"task": "os", "environment": "my shell", "max_turns": 3}
     write_json(tmp_path / "args.json", flags)
     (tmp_path / "prompt.txt").write_text("Rules.")
