@@ -9,6 +9,7 @@ Left out: rules that no single message can bring up.
 """
 
 import random
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def cover_rules(
     generator: Voice | Server,
     plan: Plan,
     samples: list[Record],
+    held_out: list[Record],
     k: int,
     folder: Path,
 ) -> list[Record]:
@@ -55,8 +57,9 @@ def cover_rules(
     path = folder / COVER / "inputs.json"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
-        inputs = cover(voice, generator, plan, samples, k)
-        write_json(path, asdict(Inputs(inputs=inputs)))
+        clock = time.perf_counter()
+        inputs = cover(voice, generator, plan, samples, held_out, k)
+        write_json(path, asdict(Inputs(seconds=time.perf_counter() - clock, inputs=inputs)))
     given = tuple(read_inputs(path).inputs)
     if not given:
         return []
@@ -64,16 +67,23 @@ def cover_rules(
 
 
 def cover(
-    voice: Voice, generator: Voice | Server, plan: Plan, records: list[Record], k: int
+    voice: Voice,
+    generator: Voice | Server,
+    plan: Plan,
+    samples: list[Record],
+    held_out: list[Record],
+    k: int,
 ) -> list[str]:
-    """Inputs that prove to be witnesses of the rules that fewer than k records show.
+    """Inputs that prove to be witnesses of the rules that fewer than k samples show; none of them
+    is held out, for training must not see those.
 
     Prints a line for each rule that stays short of k.
     """
     rules = rules_of(plan.prompt, plan.task)
     found: list[str] = []
-    seen = {normalised(record.pseudo_input) for record in records}
-    whole = [record for record in records if not record.overlong]
+    known = [record.pseudo_input for record in samples + held_out]
+    seen = {normalised(x) for x in (*known, *plan.task.demos)}
+    whole = [record for record in samples if not record.overlong]
     shown = [shows(voice, plan, whole, rule) for rule in rules]
     for round_ in range(ROUNDS):
         for number, rule in enumerate(rules):

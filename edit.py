@@ -13,7 +13,7 @@ from pathlib import Path
 
 from exam import greedy_turns
 from files import AGAIN, read_json, write_json, write_rows
-from prompt import Prompt
+from prompt import Prompt, conversation
 from runs import Record, read_inputs, read_records
 from sampler import Voice
 
@@ -37,7 +37,16 @@ def begin_with(earlier: Path, folder: Path, voice: Voice, prompt: Prompt) -> fro
 
 
 def unchanged(voice: Voice, prompt: Prompt, records: list[Record]) -> list[Record]:
-    """The records in which every turn of the teacher is what it says after this p."""
+    """The records that fit the context after this p, and in which it is what makes the teacher say
+    every one of its turns.
+    """
     whole = [r for r in records if not (r.overlong or r.no_reason or r.cut_turn)]
+    whole = [r for r in whole if tokens_of(voice, prompt, r) <= voice.chat.context]
     same = greedy_turns(voice, prompt, whole)
     return [record for record, turns in zip(whole, same, strict=True) if all(turns)]
+
+
+def tokens_of(voice: Voice, prompt: Prompt, record: Record) -> int:
+    """Tokens of a record's whole conversation after p."""
+    ids, _ = voice.chat.encode(conversation(prompt.teacher(record.pseudo_input), record.turns))
+    return len(ids)

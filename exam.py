@@ -7,8 +7,8 @@
     obeyed       of the held-out witnesses those on which the adapter, without p, takes the action
                  of the teacher with all of p
 
-A rule without a witness is untested: no input shows what it is for. One that few samples show is
-hardly learnt, however well the adapter recites its lines: to recite is not to obey.
+A rule without a witness is untested: no input shows what it is for. One that few samples show may
+be lost, however well the adapter recites its lines: to recite is not to obey.
 
 Left out: rules that only act together (without one the other still does its work, so neither has
 witnesses), and what a rule changes in the words of a turn but not in its action.
@@ -70,12 +70,12 @@ def rule_spans(prompt: Prompt, task: Task) -> Iterator[tuple[int, int]]:
         yield from (span for span in told if "{user_input}" not in text[slice(*span)])
         return
     yield from told[:-1]
-    begin = told[-1][0]
+    begin = first = told[-1][0] if told else marks[0].end()
     for turn, (role, said) in enumerate(prompt.turns):
         ends = task.is_final(said) or not any(task.is_final(each) for _, each in prompt.turns)
         if role == "assistant" and (ends or turn == len(prompt.turns) - 1):
             wish = marks[turn + 1]  # the user turn after this example
-            yield begin, wish.end() if begin == told[-1][0] else wish.start()
+            yield begin, wish.end() if begin == first else wish.start()
             begin = wish.start()
 
 
@@ -173,7 +173,7 @@ def examine(
     voice: its model has the adapter, which is switched off while it is the teacher. shown: records
     that were trained on. limit: tokens of a turn. before: the folder of another adapter, which is
     examined too.
-    """  # fmt: skip
+    """
     rules = rules_of(prompt, task)
     with adapter_off(voice.model):
         found = [witnesses(voice, task, held_out + shown, rule, limit) for rule in rules]
@@ -205,7 +205,7 @@ def markdown(report: dict) -> str:
     rows = []
     for row in rules:
         cells = [
-            f"`{' '.join(row['rule'].split())[:60]}`",
+            f"`{' '.join(row['rule'].replace('`', ' ').split())[:60]}`",
             f"{row['shown_by']} of {row['looked_at']}",
         ]
         cells += [interval(row[name]) if row[name]["n"] else "untested" for name in columns]

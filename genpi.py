@@ -149,8 +149,8 @@ def made_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[Non
         records = synthesise(voice, generator, plan, args.out)
         print_quality(quality(records, task))
         if args.cover:
-            samples, _ = runs.split_records(records, args.samples, args.held_out)
-            cover_rules(voice, generator, plan, samples, args.cover, args.out)
+            both = runs.split_records(records, args.samples, args.held_out)
+            cover_rules(voice, generator, plan, *both, args.cover, args.out)
         yield
 
 

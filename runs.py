@@ -302,14 +302,7 @@ def told_apart(names: Iterable[str], flags: dict, before: dict) -> list[str]:
 
 def changed_flags(flags: dict, before: dict) -> list[str]:
     """What tells two experiments apart, in words."""
-    named = {
-        "prompt",
-        "model",
-        "model_path",
-        "demos",
-        "inputs",
-        "generator",
-    }  # hashed: places may change
+    named = {"prompt", "model", "model_path", "demos", "inputs", "generator"}  # places may change
     free = NOT_COMPARED | (named if flags["generator"] else named - {"generator"})
     return told_apart([name for name in flags if name not in free], flags, LATER | before)
 
@@ -369,6 +362,9 @@ def load_records(run: Run) -> tuple[list[Record], dict]:
         cure = "delete adapter_config.json and checkpoint/, and genpi.py trains anew"
         raise ValueError(f"{metrics} is missing; {cure}")
     synth = made.seconds + sum(record.seconds for record in records)
+    if (run.folder / COVER / "inputs.json").exists():
+        synth += read_inputs(run.folder / COVER / "inputs.json").seconds
+        synth += sum(record.seconds for record in covering_records(run.folder))
     return records, {"synth": synth, "train": sum(row["seconds"] for row in read_metrics(metrics))}
 
 

@@ -32,7 +32,7 @@ from model import KVCache, Llama, prefill
 
 BURST = {"cpu": 1, "cuda": 16}  # tokens a row between two looks at what the device has written
 STRIDE = 256  # keys in sight are rounded up to this, so that one captured step serves many
-TOPS = 1024  # tokens that nearly always hold a nucleus; fewer are hardly found faster
+TOPS = 1024  # nearly always hold a nucleus; of 49,152 they take a tenth of the time of sorting
 PREFILL_TOKENS = 8192  # prompt tokens computed in one forward pass; bounds the activations
 PREFILL_SCORES = 1 << 24  # and what they attend to, tokens x keys; bounds the attention scores
 
@@ -203,9 +203,10 @@ def is_greedy(
         del waiting[-group:]
         own = [rows[i][0][P:] for i in some]
         who = [rows[i][1][P + 1 :] for i in some]  # who wrote the token that comes next
-        ids = pad_sequence([torch.tensor(x) for x in own], batch_first=True).to(device)
+        ids = pad_sequence([torch.tensor(x) for x in own], batch_first=True).to(device)  # (n, T)
         said = [[w in spoken[i] for w in owner] for i, owner in zip(some, who, strict=True)]
         at = pad_sequence([torch.tensor([*x, False]) for x in said], batch_first=True).to(device)
+        # (N, D) at the N places of the mask (n, T) whose next token a named message wrote
         x = model.hidden(ids, KVCache(model, len(some), longest, prefix), at)
         likeliest = torch.cat([model.lm_head(part).argmax(-1) for part in x.split(256)])
         hits = (likeliest == ids.roll(-1, 1)[at]).tolist()

@@ -72,7 +72,8 @@ def sequences(run: Run, chat: Chat, record: Record) -> list[tuple[str, Sequence]
     sft = conversation_sequence(chat, run.prompt, record, run.objective)
     found = [(f"SFT (Eq. 2, weight {run.lam:g})", sft)]
     if isinstance(sft, Twin):
-        one, other = "of the adapter", "of its teacher"
+        one = "of the adapter"
+        other = "of its teacher"
         if run.objective == "prepend":
             one = f"with probability {1 - run.prepend_prob:g}"
             other = f"with probability {run.prepend_prob:g}"

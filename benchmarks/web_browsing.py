@@ -1,7 +1,5 @@
 """Web browsing: the next step on a recorded web page, chosen among ten elements of it.
 
-    python evaluate.py web_browsing --run runs/web_browsing --data FOLDER
-
 A sample is one step of one recorded task of Mind2Web: the page, the steps before, and the elements
 that a small ranking model placed first to tenth. The agent reads five elements at a time, in a
 fresh dialogue each, and chooses one or none; a chosen one is asked about again behind the others,

@@ -1,7 +1,5 @@
 """Web shopping: buy in a shop of text pages what an instruction asks for.
 
-    python evaluate.py web_shopping --run runs/web_shopping --data FOLDER
-
 The measure is the mean reward over the first 200 goals. A page shows its texts with [SEP] between
 them and what can be clicked on it; the agent answers with search[words] or click[text]. There are
 ten turns; a reply without an action ends the purchase with 0, an action that the page does not

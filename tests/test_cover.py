@@ -1,14 +1,16 @@
 """Coverage: rules that the samples hardly show get samples that prove to need them."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
 import cover
 from cover import ROUNDS, cover_rules
+from files import write_json
 from prompt import END, TASKS, parse_prompt
-from runs import COVER, Record, covering_records, read_inputs
+from runs import COVER, Inputs, Record, append_record, covering_records, load_records, read_inputs
 from synth import Plan
 
 PROMPT = parse_prompt("Rule one.\n\nRule two.\n\nRule three.")
@@ -54,8 +56,8 @@ def needs_what_it_names(monkeypatch):
     monkeypatch.setattr(cover, "witnesses", named)
 
 
-def covered(speaker, tmp_path, k):
-    cover_rules(speaker, speaker, PLAN, SAMPLES, k, tmp_path)
+def covered(speaker, tmp_path, k, held_out=()):
+    cover_rules(speaker, speaker, PLAN, SAMPLES, list(held_out), k, tmp_path)
     return sorted(record.pseudo_input for record in covering_records(tmp_path))
 
 
@@ -74,6 +76,13 @@ def test_what_is_known_already_is_no_new_sample(tmp_path):
     assert covered(speaker, tmp_path, 2) == ["x two", "z three"]
 
 
+def test_what_is_held_out_never_joins(tmp_path):
+    """Nor a demonstration: what the report asks about must not have been trained on."""
+    speaker = Speaker({"two": [["Kept  two", "x two", "y two"]], "three": [["demo", "z three"]]})
+    held_out = [Record(2, "kept two", ["Act: finish"])]
+    assert covered(speaker, tmp_path, 2, held_out) == ["x two", "y two", "z three"]
+
+
 def test_rounds_are_bounded_and_what_stays_short_is_told(tmp_path, capsys):
     """A rule that the generator cannot bring up is asked about ROUNDS times, then told."""
     speaker = Speaker({"two": [["x two"]]})
@@ -90,3 +99,16 @@ def test_a_finished_search_is_not_done_again(tmp_path):
     (tmp_path / COVER / "data.jsonl").unlink()
     assert covered(Speaker({}), tmp_path, 2) == first
     assert sorted(read_inputs(tmp_path / COVER / "inputs.json").inputs) == first
+
+
+def test_what_coverage_took_is_part_of_the_cost(tmp_path):
+    """The search and the records that it adds count as synthesis; else break-even would flatter."""
+    folder = tmp_path / COVER
+    folder.mkdir()
+    write_json(tmp_path / "inputs.json", asdict(Inputs(seconds=2.0, inputs=["a one"])))
+    append_record(tmp_path / "data.jsonl", replace(SAMPLES[0], seconds=3.0))
+    (tmp_path / "metrics.jsonl").write_text("")
+    before = load_records(SimpleNamespace(folder=tmp_path))[1]["synth"]
+    write_json(folder / "inputs.json", asdict(Inputs(seconds=7.0, inputs=["x"])))
+    append_record(folder / "data.jsonl", Record(0, "x", ["Act: finish"], seconds=11.0))
+    assert (before, load_records(SimpleNamespace(folder=tmp_path))[1]["synth"]) == (5.0, 23.0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import genpi
 import synth
 from edit import begin_with, unchanged
 from model import load_model
-from prompt import parse_prompt
+from prompt import conversation, parse_prompt
 from runs import read_records
 from sampler import Voice
 from synth import Plan, role_play
@@ -40,6 +41,18 @@ def test_records_hold_while_the_teacher_says_the_same(voice, records):
     assert unchanged(voice, parse_prompt(text.replace("Act:", "Do:")), records) == []
     marked = [replace(records[0], cut_turn=True), replace(records[1], no_reason=True), records[2]]
     assert unchanged(voice, parse_prompt(text), marked) == [records[2]]
+
+
+def test_a_record_that_no_longer_fits_does_not_hold(voice, records):
+    """Under a longer prompt a conversation may run over the end of the context."""
+    prompt = parse_prompt((ROOT / "os.txt").read_text(encoding="utf-8"))
+    whole = [conversation(prompt.teacher(r.pseudo_input), r.turns) for r in records]
+    sizes = [len(voice.chat.encode(messages)[0]) for messages in whole]
+    chat = copy(voice.chat)
+    chat.context = sorted(sizes)[2]
+    held = unchanged(replace(voice, chat=chat), prompt, records)
+    assert held == [r for r, size in zip(records, sizes, strict=True) if size <= chat.context]
+    assert 0 < len(held) < len(records)
 
 
 def test_kept_records_are_told_once(voice, records, tmp_path):

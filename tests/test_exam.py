@@ -113,6 +113,13 @@ def test_rules_of_our_prompts(name):
         assert whole.text.splitlines()[rule.lines[0] - 1] in rule.text
 
 
+def test_an_example_without_a_word_before_it():
+    """A first user turn that is empty begins the first example all the same."""
+    empty = parse_prompt("<USER>:\n<AGENT>:\nAct: finish\n<USER>:\nNow: {user_input}")
+    (rule,) = rules_of(empty, OS)
+    assert rule.without.turns == () and rule.without.opening == "Now: {user_input}"
+
+
 def test_rules_of_a_plain_text():
     """Each paragraph is one; of a single paragraph nothing would be left."""
     assert [rule.without.text for rule in rules_of(parse_prompt("a\n\nb"), OS)] == ["b", "a"]
