@@ -1,0 +1,275 @@
+"""OS interaction: an agent at a bash shell solves a problem, and scripts check what it did.
+
+    python evaluate.py os --run runs/os                  a dozen problems of our own
+    python evaluate.py os --run runs/os --data PATH      AgentBench's, from its folder
+    python evaluate.py os --oracle [--data PATH]         each problem's own example in the agent's
+                                                         place: does this machine's sandbox do?
+
+A problem is played in a machine of its own (sandbox.py):
+
+    1  a login shell is opened, and stays open
+    2  the init scripts run as processes of their own; how they end does not matter
+    3  the start script runs in the shell, so that its cd, variables and su last
+    4  the agent's commands run in the shell; it reads what they print, cut to 780 letters if there
+       are more than 800; it has 8 turns of at most 512 tokens
+    5  its answer is what is asked for, or passes the checks: processes of their own, each given the
+       answer and the output of those before; the first that exits with another status than 0 fails
+
+Departures: a command that is not done in 30 seconds fails the problem (AgentBench goes on while it
+runs); the shell has no terminal, so nothing echoes or asks; C and C++ scripts, which no problem
+has. Source: AgentBench (arXiv 2308.03688), its commit 41e6807.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.driver import Episode, Game, Sample, play
+from benchmarks.sandbox import IMAGE, KINDS, Box, Wrecked, find_sandbox
+from files import read_text
+from prompt import OS
+from runs import text_hash
+
+REPLY_TOKENS = 512
+ROUNDS = 8
+SHOWN = 800  # letters of output that are shown whole; of more, so many less than these:
+CUT = 780
+SAYS = "The output of the OS:\n\n"
+OURS = Path(__file__).parent / "data/os"
+CURE = "give the folder data/os_interaction of AgentBench (github.com/THUDM/AgentBench, v0.2)"
+INTERPRETERS = {"bash": ["bash", "-c"], "python": ["python3", "-c"]}
+
+
+# ------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Script:
+    language: str
+    code: str
+
+    def command(self, parameters: list[str]) -> list[str]:
+        """The command that runs it; a parameter is cut where Linux would refuse it."""
+        told = [text.replace("\0", "").encode()[:100_000] for text in parameters]
+        dashes = ["--"] if self.language == "bash" and parameters else []
+        texts = [text.decode(errors="ignore") for text in told]
+        return [*INTERPRETERS[self.language], self.code, *dashes, *texts]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem of AgentBench. It has checks, or an answer, or a pattern of answers."""
+
+    id: str
+    description: str
+    init: tuple[Script, ...] = ()
+    start: Script | None = None
+    checks: tuple[Script, ...] = ()
+    answer: str | None = None
+    pattern: str | None = None
+    example: Script | None = None
+
+
+def load(path: Path) -> list[Problem]:
+    """The problems in a folder data/os_interaction, or around it, or in one file of it.
+
+    Raises: ValueError naming what is missing, or is no problem as we know them.
+    """
+    if path.is_file():
+        folder, files = path.parent.parent, [path]
+    else:
+        within = path / "data/os_interaction"
+        folder = within if within.is_dir() else path
+        files = sorted(folder.glob("data/[0-9]*/*.json*"))
+    if not files:
+        raise ValueError(f"{path}: has no data/1/*.json; {CURE}")
+    problems = []
+    for file in files:
+        numbered = file.parent.name.isdecimal()
+        group = file.parent.name if numbered else file.stem
+        prefix = f"std-{int(group):03}" if numbered else f"{group}-001"
+        scripts = folder / "scripts" / group
+        for number, raw in enumerate(read_tasks(file)):
+            name = f"{prefix}-{file.stem}-{number:05}"
+            try:
+                problems.append(read_problem(name, raw, scripts))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                what = f"has no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{file}: problem {number}: {what}; {CURE}") from None
+    return problems
+
+
+def read_tasks(file: Path) -> list:
+    """A list of problems, one problem, or one a line."""
+    text = read_text(file, "problems")
+    try:
+        if file.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error}); {CURE}") from None
+    return found if isinstance(found, list) else [found]
+
+
+def read_problem(name: str, raw: dict, scripts: Path) -> Problem:
+    """A problem as AgentBench writes it. Raises what is wrong with it."""
+    read = partial(read_script, scripts=scripts)
+    created = raw.get("create")
+    asked = raw["evaluation"]
+    found = {
+        "init": tuple(read(one) for one in listed(created, "init") if one is not None),
+        "start": read(raw.get("start")),
+        "example": read(asked.get("example") or raw.get("example")),
+    }
+    if "match" in asked:
+        match = asked["match"]
+        match = {"answer": match} if isinstance(match, str) else match
+        if not isinstance(match, dict) or not match.keys() & {"answer", "regex"}:
+            raise ValueError(f"match = {match!r:.40} is no text, answer or regex")
+        found |= {"answer": match.get("answer"), "pattern": match.get("regex")}
+    else:
+        asked["check"]
+        checks = [found["example"] if one is None else read(one) for one in listed(asked, "check")]
+        if not checks or None in checks:
+            raise ValueError("its check is empty, or asks for the example that it has not")
+        found["checks"] = tuple(checks)
+    if not isinstance(raw["description"], str):
+        raise ValueError(f"description = {raw['description']!r:.40} is no text")
+    return Problem(name, raw["description"], **found)
+
+
+def listed(raw: dict | list | None, name: str) -> list:
+    """What an object holds under a name, as a list; an object that is none holds nothing."""
+    value = raw.get(name, []) if isinstance(raw, dict) else []
+    return value if isinstance(value, list) else [value]
+
+
+def read_script(raw: str | dict | None, scripts: Path) -> Script | None:
+    """A script: bash code, or an object with code or file, and perhaps language."""
+    if raw is None:
+        return None
+    if isinstance(raw, str):
+        return Script("bash", raw)
+    language = raw.get("language", "bash")
+    if language not in INTERPRETERS:
+        raise ValueError(f"language {language!r:.20} is none of {', '.join(INTERPRETERS)}")
+    if "file" not in raw:
+        return Script(language, raw["code"])
+    path = (scripts / raw["file"]).resolve()
+    if not path.is_relative_to(scripts.resolve()):
+        raise ValueError(f"file {raw['file']!r:.40} lies outside {scripts}")
+    return Script(language, read_text(path, "script"))
+
+
+# --------------------------------------------------------------------------------------- playing
+
+
+def episode(problem: Problem, open_box: Callable[[], Box]) -> Episode:
+    """Play a problem in a machine of its own."""
+    ended, answer = "rounds", None
+    texts = [problem.description]
+    try:
+        with open_box() as box:
+            prepare(problem, box)
+            for _ in range(ROUNDS):
+                reply = yield texts
+                action = OS.act(reply)
+                texts = [*texts, reply]
+                if action is None:
+                    return outcome(False, "no action")
+                if action[0] != "bash":
+                    ended, answer = action[0], (*action, None)[1]
+                    return outcome(is_solved(problem, box, answer), ended, answer)
+                texts = [*texts, observation(box.execute(action[1]))]
+    except Wrecked as error:
+        return outcome(False, str(error), answer)
+    return outcome(False, "rounds")
+
+
+def outcome(solved: bool, ended: str, answer: str | None = None) -> dict:
+    return {"score": float(solved), "ended": ended, "answer": answer}
+
+
+def prepare(problem: Problem, box: Box) -> None:
+    """Everything before the agent's first turn."""
+    box.open_shell()
+    box.execute("true")  # the login is over before init changes what it reads
+    for script in problem.init:
+        box.run(script.command([]))
+    if problem.start:
+        box.execute(problem.start.code)
+
+
+def observation(output: str) -> str:
+    """What the agent reads of a command's output."""
+    output = output.rstrip("\n")
+    if len(output) > SHOWN:
+        output = output[:CUT] + "\n[truncated because the output is too long]"
+    return f"{SAYS}{output}" if output else "The output of the OS is empty."
+
+
+def is_solved(problem: Problem, box: Box, answer: str | None) -> bool:
+    """Is it the answer, or does it pass the checks? Without an answer these read None."""
+    if problem.answer is not None:
+        return answer is not None and answer.strip() == problem.answer.strip()
+    if problem.pattern is not None:
+        return answer is not None and re.search(problem.pattern, answer.strip()) is not None
+    parameters = [str(answer)]
+    for script in problem.checks:
+        status, output = box.run(script.command(parameters))
+        if status != 0:
+            return False
+        parameters.append(output)
+    return True
+
+
+# --------------------------------------------------------------------------------------- command
+
+
+def oracle(problem: Problem, texts: list[str]) -> str:
+    """What an agent says that knows the example: runs it, and answers with what it printed."""
+    if len(texts) == 1:
+        example = problem.example
+        bash = example.language == "bash"
+        code = example.code if bash else shlex.join(example.command([]))
+        return f"Act: bash\n\n```bash\n{code}\n```"
+    output = texts[-1].removeprefix(SAYS)
+    return "Act: finish" if output == texts[-1] else f"Act: answer({output})"
+
+
+def show_oracle(samples: list[Sample], problems: list[Problem], at_once: int) -> None:
+    """Play each problem's own example, and tell which fail."""
+    known = {problem.id: problem for problem in problems if problem.example}
+
+    def agent(games: list[Game]) -> list[str]:
+        return [oracle(known[game.sample.id], game.texts) for game in games]
+
+    asked = [sample for sample in samples if sample.id in known]
+    solved = 0
+    for game in play(asked, agent, at_once):
+        solved += int(game.result["score"])
+        if not game.result["score"]:
+            print(f"{game.sample.id}: {game.result['ended']} {game.texts[-1]!r:.200}")
+    print(f"{solved} of {len(asked)} examples pass; {len(samples) - len(asked)} have none")
+
+
+def add_flags(add: Callable) -> None:
+    add("--data", type=Path, default=OURS, help="AgentBench's folder data/os_interaction")
+    add("--oracle", action="store_true", help="play the problems' own examples, without a model")
+    add("--sandbox", choices=KINDS, help="by default docker, and namespaces where it is not")
+    add("--image", default=IMAGE, help="Docker image of the machines")
+
+
+def samples(args) -> list[Sample]:
+    """The problems at --data as samples, in the sandbox of this machine."""
+    problems = load(args.data)
+    sandbox = find_sandbox([args.sandbox] if args.sandbox else KINDS, args.image)
+    print(f"{len(problems)} problems, each in a sandbox of its own ({sandbox.kind.name})")
+    return [
+        Sample(p.id, text_hash(json.dumps(asdict(p))), partial(episode, p, sandbox.open))
+        for p in problems
+    ]
