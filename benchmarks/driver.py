@@ -17,6 +17,7 @@ Left out: sampling at a temperature, several tries at a sample. Source: GenPI se
 """
 
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -47,11 +48,12 @@ Episode = Generator[list[str], str, dict]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of a benchmark. made_of: a hash of all that decides its score but the agent."""
+    """One sample of a benchmark."""
 
     id: str
-    made_of: str
+    made_of: str  # a hash of all that decides its score but the agent
     episode: Callable[[], Episode]
+    oracle: Callable[[list[str]], str] | None = None  # texts so far -> what one says that knows
 
 
 # ----------------------------------------------------------------------------------------- play
@@ -88,7 +90,8 @@ def play(samples: Iterable[Sample], agent: Agent, at_once: int) -> Iterator[Game
     """
     waiting = deque(samples)
     games: list[Game] = []
-    with ThreadPoolExecutor(at_once) as pool:
+    threads = min(at_once, 2 * (os.cpu_count() or 1))  # more would only keep each other waiting
+    with ThreadPoolExecutor(threads) as pool:
         try:
             while waiting or games:
                 replies = agent(games) if games else []
@@ -229,6 +232,21 @@ def average(scores: list[float]) -> str:
 # -------------------------------------------------------------------------------------- command
 
 
+def show_oracle(samples: list[Sample], at_once: int) -> None:
+    """Play the samples with those who know in the agent's place; tell what fails all the same."""
+    known = [sample for sample in samples if sample.oracle]
+    solved = 0.0
+    with tqdm(total=len(known), desc="oracle", unit="sample") as bar:
+        for game in play(known, lambda games: [g.sample.oracle(g.texts) for g in games], at_once):
+            score = game.result["score"]
+            solved += score
+            if score < 1:
+                last = f"{game.texts[-1]!r:.200}" if game.texts else ""
+                tqdm.write(f"{game.sample.id}: {game.result['ended']} {last}")
+            bar.update()
+    print(f"the oracle scores {solved:g} of {len(known)}; {len(samples) - len(known)} have none")
+
+
 def command(argv: list[str]) -> None:
     """Play a benchmark with a run and print its table."""
     name, *flags = argv
@@ -237,19 +255,22 @@ def command(argv: list[str]) -> None:
     benchmark = import_module(f"benchmarks.{BENCHMARKS[name]}")
     parser = Flags(prog=f"evaluate.py {name}", description=benchmark.__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--run", type=Path, help="run folder of genpi.py")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--run", type=Path, help="run folder of genpi.py")
+    who.add_argument("--oracle", action="store_true", help="play known solutions, without a model")
     add("--device", type=device_flag, choices=("cpu", "cuda"), help="by default the run's own")
     add("--model", help="folder or Hub id of the base model, if it is no more where it was")
     add("--at-once", type=WHOLE, default=16, help="episodes in play at a time")
     benchmark.add_flags(add)
     args = parser.parse_args(flags)
-    samples = benchmark.samples(args)
-    if not args.run:
-        raise ValueError("--run is missing; give the run folder of genpi.py")
+    if args.oracle:
+        show_oracle(benchmark.samples(args), args.at_once)
+        return
     run = load_run(args.run, args.device, args.model)
     if run.task.name != name:
-        told = f"{args.run} is of task {run.task.name}; give one of task {name}"
-        raise ValueError(f"{told} (genpi.py --task {name})")
+        told = f"{args.run} is of task {run.task.name}; give a run of genpi.py --task {name}"
+        raise ValueError(told)
+    samples = benchmark.samples(args)
     with locked(run.folder):
         voice = Voice(*open_model(run), run.slots)
         ways = three_ways(run, voice, benchmark.REPLY_TOKENS)

@@ -14,8 +14,11 @@ who has a hole in the kernel at hand.
 
 This file is also a program, of the standard library alone, which sandbox.py starts as root:
 
-    namespaces.py make BYTES           a machine with so much room; it ends with this process
-    namespaces.py enter PID COMMAND    a command in it; exits as the command does
+    namespaces.py make GROUPS BYTES           a machine with so much room on its disk; it ends with
+                                              this process
+    namespaces.py enter GROUPS PID COMMAND    a command in it; exits as the command does
+
+GROUPS are folders of control groups, parted by colons, which bound its processes and memory.
 
 Left out: other users than root, who cannot bring users of their own. Sources: namespaces(7),
 capabilities(7), pivot_root(2), the kernel's Documentation/filesystems/overlayfs.rst.
@@ -79,27 +82,26 @@ def prctl(option: int, value: int = 0) -> bool:
 # ----------------------------------------------------------------------------------------- make
 
 
-def make(size: int) -> None:
+def make(size: int) -> int:
     """Start the first process of a new machine and wait for its end.
 
     Says "unshared" and waits for a byte: by then the parent must have mapped the users, which only
     a process outside can. Then says "made" and the process id.
     """
-    expendable()
     call("unshare", sum(NAMESPACES.values()))
     print("unshared", flush=True)
     if not os.read(0, 1):
-        return
+        return 1
     first = os.fork()  # the pid namespace begins with a child
     if first:
         os.waitpid(first, 0)
-        return
+        return 0
     prctl(PARENT_DIES, signal.SIGKILL)
     build(size)
     print("made", flush=True)
     drop_capabilities()
     # bash, since it buries orphans; it ends, and all processes with it, with standard input
-    os.execve("/bin/bash", ["bash", "-c", "read"], ENVIRONMENT)
+    return os.execve("/bin/bash", ["bash", "-c", "read"], ENVIRONMENT)
 
 
 def build(size: int) -> None:
@@ -182,7 +184,6 @@ def add_devices(dev: Path) -> None:
 
 def enter(first: int, command: list[str]) -> int:
     """Run a command in the machine whose first process is given -> its exit status."""
-    expendable()
     prctl(DUMPABLE, 0)  # nobody in there shall look at this process while it still has everything
     doors = [os.open(f"/proc/{first}/ns/{kind}", os.O_RDONLY) for kind in NAMESPACES]
     for door in doors:
@@ -201,11 +202,13 @@ def enter(first: int, command: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def expendable() -> None:
-    """Where memory or the processor is short, this process and its children come last.
+def join(groups: str) -> None:
+    """Put this process, and so its children, into control groups, and behind all others.
 
-    Python ignores two signals, which its children would inherit: `ls | head` would complain.
+    Python ignores two signals, which children inherit, so that `ls | head` would complain.
     """
+    for group in groups.split(":"):
+        Path(group, "cgroup.procs").write_text("0")
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(ignored, signal.SIG_DFL)
     Path("/proc/self/oom_score_adj").write_text("1000")
@@ -221,9 +224,10 @@ def drop_capabilities() -> None:
 
 
 def main(argv: list[str]) -> int:
-    what, number, *command = argv
+    what, groups, number, *command = argv
     try:
-        return make(int(number)) or 0 if what == "make" else enter(int(number), command)
+        join(groups)
+        return enter(int(number), command) if what == "enter" else make(int(number))
     except (OSError, subprocess.SubprocessError) as error:
         print(f"error: {error}", flush=True)
         return 125

@@ -28,8 +28,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks.driver import Episode, Game, Sample, play
-from benchmarks.sandbox import IMAGE, KINDS, Box, Wrecked, find_sandbox
+from benchmarks.driver import Episode, Sample
+from benchmarks.sandbox import IMAGE, KINDS, Box, Docker, Namespaces, Wrecked, find_sandbox
 from files import read_text
 from prompt import OS
 from runs import text_hash
@@ -230,10 +230,9 @@ def is_solved(problem: Problem, box: Box, answer: str | None) -> bool:
 # --------------------------------------------------------------------------------------- command
 
 
-def oracle(problem: Problem, texts: list[str]) -> str:
+def oracle(example: Script, texts: list[str]) -> str:
     """What an agent says that knows the example: runs it, and answers with what it printed."""
     if len(texts) == 1:
-        example = problem.example
         bash = example.language == "bash"
         code = example.code if bash else shlex.join(example.command([]))
         return f"Act: bash\n\n```bash\n{code}\n```"
@@ -241,35 +240,33 @@ def oracle(problem: Problem, texts: list[str]) -> str:
     return "Act: finish" if output == texts[-1] else f"Act: answer({output})"
 
 
-def show_oracle(samples: list[Sample], problems: list[Problem], at_once: int) -> None:
-    """Play each problem's own example, and tell which fail."""
-    known = {problem.id: problem for problem in problems if problem.example}
-
-    def agent(games: list[Game]) -> list[str]:
-        return [oracle(known[game.sample.id], game.texts) for game in games]
-
-    asked = [sample for sample in samples if sample.id in known]
-    solved = 0
-    for game in play(asked, agent, at_once):
-        solved += int(game.result["score"])
-        if not game.result["score"]:
-            print(f"{game.sample.id}: {game.result['ended']} {game.texts[-1]!r:.200}")
-    print(f"{solved} of {len(asked)} examples pass; {len(samples) - len(asked)} have none")
-
-
 def add_flags(add: Callable) -> None:
     add("--data", type=Path, default=OURS, help="AgentBench's folder data/os_interaction")
-    add("--oracle", action="store_true", help="play the problems' own examples, without a model")
     add("--sandbox", choices=KINDS, help="by default docker, and namespaces where it is not")
     add("--image", default=IMAGE, help="Docker image of the machines")
 
 
 def samples(args) -> list[Sample]:
-    """The problems at --data as samples, in the sandbox of this machine."""
+    """The problems at --data, to be played in the sandbox of this machine."""
     problems = load(args.data)
     sandbox = find_sandbox([args.sandbox] if args.sandbox else KINDS, args.image)
-    print(f"{len(problems)} problems, each in a sandbox of its own ({sandbox.kind.name})")
-    return [
-        Sample(p.id, text_hash(json.dumps(asdict(p))), partial(episode, p, sandbox.open))
-        for p in problems
-    ]
+    check_interpreters(problems, sandbox)
+    print(f"{len(problems)} problems, each in a sandbox of its own ({sandbox.name})")
+    return [sample(problem, sandbox) for problem in problems]
+
+
+def check_interpreters(problems: list[Problem], sandbox: Docker | Namespaces) -> None:
+    """Raise ValueError if the sandbox cannot run the scripts of all problems."""
+    scripts = [script for problem in problems for script in (*problem.init, *problem.checks)]
+    with sandbox.open() as box:
+        for language in {script.language for script in scripts}:
+            status, said = box.run(Script(language, "").command([]))
+            if status != 0:
+                told = f"the sandbox ({sandbox.name}) has no {language}: {said.strip()}"
+                raise ValueError(f"{told}; install it where /usr/bin is, or in the image")
+
+
+def sample(problem: Problem, sandbox: Docker | Namespaces) -> Sample:
+    play = partial(episode, problem, sandbox.open)
+    knows = partial(oracle, problem.example) if problem.example else None
+    return Sample(problem.id, text_hash(json.dumps(asdict(problem))), play, knows)

@@ -21,14 +21,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import namespaces
 
 IMAGE = "local-os/default"  # as AgentBench calls its own
-QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+GROUPS = Path("/sys/fs/cgroup")
 
 
 class Wrecked(Exception):
@@ -51,15 +52,29 @@ LIMITS = Limits()
 # ------------------------------------------------------------------------------------------ box
 
 
+def spawn(command: list[str], stdin: int = subprocess.PIPE) -> subprocess.Popen:
+    """Start a process whose output is one pipe, out of reach of a Ctrl-C that is meant for us."""
+    pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, start_new_session=True, **pipes)
+
+
+def expect(process: subprocess.Popen, line: bytes) -> None:
+    """Raise ValueError, with all that a process says, if it does not say this line first."""
+    said = process.stdout.readline()
+    if said != line:
+        process.kill()
+        raise ValueError((said + process.communicate()[0]).decode(errors="replace").strip())
+
+
 @dataclass(eq=False)
 class Box:
     """A machine. `with` ends it."""
 
-    name: str  # of its container, or of its pid namespace
+    name: str
     first: subprocess.Popen  # the machine ends with it
     prefix: list[str]  # stands before a command that shall run there
     limits: Limits
-    remove: list[str] = field(default_factory=list)  # a command that ends it for certain
+    end: Callable[[], None]  # removes what is left of it
     why: str | None = None  # it is wrecked
     shell: subprocess.Popen | None = None
 
@@ -67,27 +82,21 @@ class Box:
         return self
 
     def __exit__(self, *error) -> None:
-        self.kill()
-        for process in filter(None, (self.shell, self.first)):
+        processes = [self.first, self.shell] if self.shell else [self.first]
+        for process in processes:
             process.kill()
+        for process in processes:
             process.communicate()
-
-    def kill(self) -> None:
-        """End every process of it."""
-        self.first.kill()
-        if self.remove:
-            subprocess.run(self.remove, **QUIET)
+        self.end()
 
     def wreck(self, why: str) -> None:
-        """End it for a reason, which its commands then raise; from any thread."""
+        """End every process of it, for a reason that its commands then raise; from any thread."""
         self.why = self.why or why
-        self.kill()
+        self.first.kill()
 
     def start(self, command: list[str], stdin: int) -> subprocess.Popen:
-        """Start a process there, out of reach of a Ctrl-C that is meant for this one."""
-        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        whole = [*self.prefix, *command]
-        return subprocess.Popen(whole, stdin=stdin, start_new_session=True, **both)
+        """Start a process there."""
+        return spawn([*self.prefix, *command], stdin)
 
     def run(self, command: list[str]) -> tuple[int, str]:
         """Run a process of its own -> exit status, all that it wrote. Raises Wrecked."""
@@ -154,171 +163,157 @@ class Box:
 
 
 class Namespaces:
-    """Boxes out of this Linux. Raises ValueError, with a cure, where there can be none."""
+    """Machines out of this Linux. Raises ValueError, with a cure, where there can be none."""
 
     name = "namespaces"
-    pause = 0.1  # seconds between two looks at what boxes take
     program = [sys.executable, "-I", "-S", namespaces.__file__]
 
-    def __init__(self):
+    def __init__(self, limits: Limits):
         if sys.platform != "linux" or os.geteuid() != 0:
             raise ValueError("needs root on Linux (sudo)")
+        self.limits = limits
 
-    def open(self, limits: Limits) -> Box:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        command = [*self.program, "make", str(limits.disk)]
-        first = subprocess.Popen(command, start_new_session=True, **pipes)
+    def open(self) -> Box:
+        name = f"genpi-{secrets.token_hex(8)}"
         try:
-            self.expect(first, b"unshared\n")
-            for name in ("uid_map", "gid_map"):
-                Path(f"/proc/{first.pid}/{name}").write_text("0 0 65536")
+            groups = make_groups(name, self.limits)
+            joined = ":".join(map(str, groups))
+            first = spawn([*self.program, "make", joined, str(self.limits.disk)])
+            expect(first, b"unshared\n")
+            for map_name in ("uid_map", "gid_map"):
+                Path(f"/proc/{first.pid}/{map_name}").write_text("0 0 65536")
             first.stdin.write(b"\n")
             first.stdin.flush()
-            self.expect(first, b"made\n")
+            expect(first, b"made\n")
             child = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().strip()
-            name = os.readlink(f"/proc/{child}/ns/pid")
         except (OSError, ValueError) as error:
-            first.kill()
-            first.communicate()
             raise ValueError(f"the kernel allows none ({error})") from None
-        return Box(name, first, [*self.program, "enter", child], limits)
+        prefix = [*self.program, "enter", joined, child]
+        return Box(name, first, prefix, self.limits, partial(remove_groups, groups))
 
-    @staticmethod
-    def expect(first: subprocess.Popen, line: bytes) -> None:
-        said = first.stdout.readline()
-        if said != line:
-            raise ValueError((said + first.stdout.read()).decode().strip())
 
-    @staticmethod
-    def excess(boxes: list[Box]) -> dict[Box, str]:
-        """Which boxes have too many processes or take too much memory, and what to say of it."""
-        takes: dict[str, list[int]] = {box.name: [] for box in boxes}  # memory of each process
-        for process in Path("/proc").glob("[0-9]*"):
+def make_groups(name: str, limits: Limits) -> list[Path]:
+    """Control groups that bound processes and memory, files in memory included -> their folders.
+
+    Version 1 has a tree for each. Version 2 has one, in which a group can be made below the nearest
+    that has both controllers for its children. Source: the kernel's cgroup-v1/, cgroup-v2.rst.
+    """
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    ours = {kind: path.strip("/") for _, kinds, path in lines for kind in kinds.split(",")}
+    if "memory" in ours:
+        folders = [GROUPS / kind / ours[kind] / name for kind in ("pids", "memory")]
+    else:
+        parents = [GROUPS / ours[""], *(GROUPS / ours[""]).parents]
+        kinds = {folder: (folder / "cgroup.subtree_control") for folder in parents}
+        able = [f for f, path in kinds.items() if {"pids", "memory"} <= words(path)]
+        if not able:
+            raise ValueError("no control group has pids and memory for its children")
+        folders = [able[0] / name]
+    values = {
+        "pids.max": limits.processes, "memory.max": limits.memory, "memory.swap.max": 0,
+        "memory.limit_in_bytes": limits.memory, "memory.memsw.limit_in_bytes": limits.memory,
+    }  # fmt: skip
+    for folder in folders:
+        folder.mkdir()
+        for file, value in values.items():
+            if (folder / file).exists():
+                (folder / file).write_text(str(value))
+    return folders
+
+
+def words(path: Path) -> set[str]:
+    return set(path.read_text().split()) if path.exists() else set()
+
+
+def remove_groups(groups: list[Path]) -> None:
+    """Remove control groups as soon as their last process is buried."""
+    for group in groups:
+        for _ in range(100):
             try:
-                name = os.readlink(process / "ns/pid")
-                if name in takes:
-                    takes[name].append(own_memory((process / "status").read_text()))
-            except OSError:  # it has just ended
-                continue
-        found = {}
-        for box in boxes:
-            if len(takes[box.name]) > box.limits.processes:
-                found[box] = f"more than {box.limits.processes} processes"
-            elif sum(takes[box.name]) > box.limits.memory:
-                found[box] = f"more than {box.limits.memory >> 20} MiB of memory"
-        return found
-
-
-def own_memory(status: str) -> int:
-    """The bytes in /proc/PID/status that are not of a file."""
-    lines = dict(line.split(":", 1) for line in status.splitlines())
-    return sum(1024 * int(lines.get(k, "0").split()[0]) for k in ("RssAnon", "RssShmem"))
+                group.rmdir()
+                break
+            except OSError:
+                time.sleep(0.01)
 
 
 class Docker:
-    """Boxes out of a Docker image. Raises ValueError, with a cure, where there can be none."""
+    """Machines out of a Docker image. Raises ValueError, with a cure, where there can be none."""
 
     name = "docker"
-    pause = 1.0
     capabilities = (
         "CHOWN DAC_OVERRIDE FOWNER FSETID KILL SETGID SETUID SETPCAP NET_BIND_SERVICE SYS_CHROOT "
         "AUDIT_WRITE SETFCAP"
     ).split()  # Docker's own but MKNOD and NET_RAW
 
-    def __init__(self, image: str = IMAGE):
+    def __init__(self, limits: Limits, image: str = IMAGE):
+        self.limits = limits
         self.image = image
+        self.boxes: set[Box] = set()
         if self.ask("version") is None:
             raise ValueError("no daemon answers")
         if self.ask("image", "inspect", image) is None:
-            raise ValueError(
-                f"it has no image {image} (docker build -t {image} FOLDER, or --image)"
-            )
+            raise ValueError(f"no image {image} is there; build it, or name another with --image")
+        threading.Thread(target=self.watch, daemon=True).start()
 
     @staticmethod
     def ask(*command: str) -> str | None:
         """What a docker command says; None if it fails."""
         try:
-            asked = subprocess.run(["docker", *command], capture_output=True, text=True, timeout=30)
+            asked = subprocess.run(["docker", *command], capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return asked.stdout if asked.returncode == 0 else None
 
-    def open(self, limits: Limits) -> Box:
+    def open(self) -> Box:
         name = f"genpi-{secrets.token_hex(8)}"
+        limits = self.limits
         flags = [f"--cap-add={capability}" for capability in self.capabilities]
         flags += "--cap-drop=ALL --network=none --ulimit=core=0 --log-driver=none".split()
         flags += f"--pull=never --rm --name={name} --workdir=/ --user=0".split()
         flags += [f"--pids-limit={limits.processes}"]
         flags += [f"--memory={limits.memory}", f"--memory-swap={limits.memory}"]
-        command = ["docker", "run", "-i", *flags, "--entrypoint=bash", self.image, "-c"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        whole = [*command, "echo made; read"]
-        first = subprocess.Popen(whole, start_new_session=True, **pipes)
-        prefix, remove = (["docker", *words, name] for words in (["exec", "-i"], ["rm", "-f"]))
-        box = Box(name, first, prefix, limits, remove)
-        said = first.stdout.readline()
-        if said != b"made\n":
-            with box:
-                raise ValueError((said + first.stdout.read()).decode().strip())
+        # its first process ends with its standard input, as that in namespaces.py
+        command = ["--entrypoint=bash", self.image, "-c", "echo made; read"]
+        first = spawn(["docker", "run", "-i", *flags, *command])
+        expect(first, b"made\n")
+        end = partial(self.ask, "rm", "-f", name)
+        box = Box(name, first, ["docker", "exec", "-i", name], limits, end)
+        self.boxes.add(box)
         return box
 
-    @staticmethod
-    def excess(boxes: list[Box]) -> dict[Box, str]:
-        """Which boxes fill the disk; Docker itself sees to processes and memory."""
-        names = [box.name for box in boxes]
-        form = "{{.Name}} {{.SizeRw}}"
-        told = Docker.ask("inspect", "--size", "--format", form, *names) or ""
-        sizes = dict(line.strip("/").split() for line in told.splitlines())
-        return {
-            box: f"more than {box.limits.disk >> 20} MiB of files"
-            for box in boxes
-            if int(sizes.get(box.name, 0)) > box.limits.disk
-        }
+    def watch(self) -> None:
+        """Wreck boxes that fill the disk, which not every storage driver bounds by itself."""
+        while True:
+            time.sleep(1)
+            boxes = {box.name: box for box in list(self.boxes)}
+            self.boxes -= {box for box in boxes.values() if box.first.poll() is not None}
+            form = "{{.Name}} {{.SizeRw}}"
+            told = self.ask("inspect", "--size", "--format", form, *boxes) if boxes else None
+            for name, size in map(str.split, (told or "").splitlines()):
+                if int(size) > self.limits.disk:
+                    told = f"more than {self.limits.disk >> 20} MiB of files"
+                    boxes[name.strip("/")].wreck(told)
 
 
 KINDS = {"docker": Docker, "namespaces": Namespaces}
 
 
-# -------------------------------------------------------------------------------------- sandbox
+def find_sandbox(
+    names: Iterable[str] = KINDS, image: str = IMAGE, limits: Limits = LIMITS
+) -> Docker | Namespaces:
+    """The first kind of sandbox that works here, tried with a command.
 
-
-class Sandbox:
-    """Opens boxes of one kind, and wrecks those that take more than their limits."""
-
-    def __init__(self, kind: Docker | Namespaces, limits: Limits = LIMITS):
-        self.kind = kind
-        self.limits = limits
-        self.boxes: set[Box] = set()
-        threading.Thread(target=self.watch, daemon=True).start()
-
-    def open(self) -> Box:
-        box = self.kind.open(self.limits)
-        self.boxes.add(box)
-        return box
-
-    def watch(self) -> None:
-        while True:
-            time.sleep(self.kind.pause)
-            self.boxes -= {box for box in list(self.boxes) if box.first.poll() is not None}
-            boxes = list(self.boxes)
-            for box, why in (self.kind.excess(boxes) if boxes else {}).items():
-                box.wreck(why)
-
-
-def find_sandbox(names: Iterable[str] = KINDS, image: str = IMAGE) -> Sandbox:
-    """A sandbox of the first kind that works here, tried with a command.
-
-    Raises: ValueError that says what each kind lacks.
+    Raises: ValueError that says what each lacks.
     """
     lacks = []
     for name in names:
         try:
-            sandbox = Sandbox(Docker(image) if name == "docker" else Namespaces())
+            sandbox = Docker(limits, image) if name == "docker" else Namespaces(limits)
             with sandbox.open() as box:
-                code, said = box.run(["bash", "-c", "echo $((6 * 7))"])
-            if (code, said) == (0, "42\n"):
+                found = box.run(["bash", "-c", "echo $((6 * 7))"])
+            if found == (0, "42\n"):
                 return sandbox
-            lacks.append(f"{name}: {said.strip()}")
+            lacks.append(f"{name}: {found[1].strip()}")
         except (ValueError, Wrecked) as error:
             lacks.append(f"{name}: {error}")
     cure = "install Docker and start it, or work as root on Linux 5.11 or later"
