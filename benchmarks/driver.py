@@ -94,12 +94,12 @@ def play(samples: Iterable[Sample], agent: Agent, at_once: int) -> Iterator[Game
     with ThreadPoolExecutor(threads) as pool:
         try:
             while waiting or games:
-                replies = agent(games) if games else []
-                while waiting and len(games) < at_once:
-                    sample = waiting.popleft()
-                    games.append(Game(sample, sample.episode()))
-                    replies.append(None)
-                list(pool.map(Game.go_on, games, replies))
+                fresh = [waiting.popleft() for _ in range(min(len(waiting), at_once - len(games)))]
+                fresh = [Game(sample, sample.episode()) for sample in fresh]
+                games += fresh
+                list(pool.map(Game.go_on, fresh, [None] * len(fresh)))
+                asked = [game for game in games if not game.result]
+                list(pool.map(Game.go_on, asked, agent(asked) if asked else []))
                 yield from (game for game in games if game.result)
                 games = [game for game in games if not game.result]
         finally:

@@ -59,7 +59,8 @@ ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root", "LANG": "C.UTF-8", "TERM": "dumb",
 }  # fmt: skip
-PLACE = Path("/tmp")  # where the new file system is put together, unseen by the host
+PLACE = Path("/tmp")  # where the file system is put together, unseen by the host
+ROOT = PLACE / "root"
 
 
 def call(name: str, *args) -> None:
@@ -86,8 +87,10 @@ def make(size: int) -> int:
     """Start the first process of a new machine and wait for its end.
 
     Says "unshared" and waits for a byte: by then the parent must have mapped the users, which only
-    a process outside can. Then says "made" and the process id.
+    a process outside can. Then says "made".
     """
+    call("unshare", NAMESPACES["mnt"])  # a first one, so that the host does not see what is mounted
+    build(size)
     call("unshare", sum(NAMESPACES.values()))
     print("unshared", flush=True)
     if not os.read(0, 1):
@@ -97,7 +100,7 @@ def make(size: int) -> int:
         os.waitpid(first, 0)
         return 0
     prctl(PARENT_DIES, signal.SIGKILL)
-    build(size)
+    settle()
     print("made", flush=True)
     drop_capabilities()
     # bash, since it buries orphans; it ends, and all processes with it, with standard input
@@ -105,53 +108,58 @@ def make(size: int) -> int:
 
 
 def build(size: int) -> None:
-    """Make the file system, with room for so many bytes, and go there for good."""
-    for kind in NAMESPACES:  # it is the user's namespace that counts, so this binds all in it
+    """Put the file system together at ROOT, with room for so many bytes."""
+    mount("none", Path("/"), "none", RECURSIVE | PRIVATE)
+    mount("tmpfs", PLACE, "tmpfs", NO_DEV, f"size={size},nr_inodes=200k,mode=755")
+    for name in FRESH:
+        (ROOT / name).mkdir(parents=True)
+        (ROOT / name).chmod(0o1777 if name in FOR_ALL else 0o755)
+    for name in LOGS:
+        (ROOT / "var/log" / name).touch()
+    for name in SHARED:
+        share(name)
+    forget_people()
+    add_devices()
+
+
+def settle() -> None:
+    """Go into the file system for good, and give up what could undo that."""
+    for kind in NAMESPACES:  # this binds all that belong to the user namespace
         Path(f"/proc/sys/user/max_{kind}_namespaces").write_text("0")
     socket.sethostname("sandbox")
     request = struct.pack("16sH14x", b"lo", 1)  # up
     fcntl.ioctl(socket.socket(), INTERFACE_FLAGS, request)
-    mount("none", Path("/"), "none", RECURSIVE | PRIVATE)
-    mount("tmpfs", PLACE, "tmpfs", NO_DEV, f"size={size},nr_inodes=200k,mode=755")
-    root = PLACE / "root"
-    root.mkdir()
-    mount(str(root), root, "none", BIND)  # pivot_root wants a mount
-    for name in FRESH:
-        (root / name).mkdir(parents=True)
-        (root / name).chmod(0o1777 if name in FOR_ALL else 0o755)
-    for name in LOGS:
-        (root / "var/log" / name).touch()
-    for name in SHARED:
-        share(name, root)
-    forget_people(root)
-    add_devices(root / "dev")
-    mount("proc", root / "proc", "proc", READ_ONLY | NO_SUID | NO_DEV | NO_EXEC)
-    os.chdir(root)
+    mount(str(ROOT), ROOT, "none", BIND | RECURSIVE)  # pivot_root wants a mount of this namespace
+    mount("proc", ROOT / "proc", "proc", READ_ONLY | NO_SUID | NO_DEV | NO_EXEC)
+    pts = ROOT / "dev/pts"
+    mount("devpts", pts, "devpts", NO_SUID | NO_EXEC, "newinstance,ptmxmode=0666,mode=620")
+    os.chdir(ROOT)
     subprocess.run(["pivot_root", ".", "."], check=True)  # which the C library has not
     call("umount2", b".", DETACH)  # the host's root, on top of ours since
     os.chdir("/")
 
 
-def share(name: str, root: Path) -> None:
+def share(name: str) -> None:
     """Let a folder of the host's root be seen: a link as it is, a folder under an overlay."""
     host = Path("/", name)
     if host.is_symlink():
-        (root / name).symlink_to(os.readlink(host))
+        (ROOT / name).symlink_to(os.readlink(host))
     elif host.is_dir():
-        upper, work = PLACE / "upper" / name, PLACE / "work" / name
-        for folder in (upper, work, root / name):
+        upper = PLACE / "upper" / name
+        work = PLACE / "work" / name
+        for folder in (upper, work, ROOT / name):
             folder.mkdir(parents=True)
-        options = f"lowerdir={host},upperdir={upper},workdir={work},userxattr"
-        mount("overlay", root / name, "overlay", NO_DEV, options)
+        options = f"lowerdir={host},upperdir={upper},workdir={work}"
+        mount("overlay", ROOT / name, "overlay", NO_DEV, options)
 
 
-def forget_people(root: Path) -> None:
+def forget_people() -> None:
     """Leave out the host's people, its passwords, and the settings that not everybody may read."""
-    for path in (root / "etc").rglob("*"):
+    for path in (ROOT / "etc").rglob("*"):
         if path.is_file() and not path.is_symlink() and not path.stat().st_mode & 0o4:
             path.unlink()
     for name in ("passwd", "group"):
-        path = root / "etc" / name
+        path = ROOT / "etc" / name
         lines = [line.split(":") for line in path.read_text().splitlines()]
         kept = [line for line in lines if int(line[2]) < 1000 or int(line[2]) == 65534]
         path.write_text("".join(":".join(line) + "\n" for line in kept))
@@ -160,19 +168,19 @@ def forget_people(root: Path) -> None:
         path.write_text("".join(shadow.format(line[0]) for line in kept))
         path.chmod(0o640)
     for name in (".bashrc", ".profile"):
-        skeleton = root / "etc/skel" / name
+        skeleton = ROOT / "etc/skel" / name
         if skeleton.exists():
-            (root / "root" / name).write_bytes(skeleton.read_bytes())
-    (root / "root").chmod(0o700)
+            (ROOT / "root" / name).write_bytes(skeleton.read_bytes())
+    (ROOT / "root").chmod(0o700)
 
 
-def add_devices(dev: Path) -> None:
+def add_devices() -> None:
     """The devices that hold nothing. Read-only is the node, its mode and owner, not what it is."""
+    dev = ROOT / "dev"
     for name in DEVICES:
         (dev / name).touch()
         mount(f"/dev/{name}", dev / name, "none", BIND)
         mount("none", dev / name, "none", BIND | REMOUNT | READ_ONLY | NO_SUID | NO_EXEC)
-    mount("devpts", dev / "pts", "devpts", NO_SUID | NO_EXEC, "newinstance,ptmxmode=0666,mode=620")
     links = {"ptmx": "pts/ptmx", "fd": "/proc/self/fd"}
     links |= {name: f"/proc/self/fd/{i}" for i, name in enumerate(("stdin", "stdout", "stderr"))}
     for name, target in links.items():

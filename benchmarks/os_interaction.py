@@ -39,6 +39,7 @@ ROUNDS = 8
 SHOWN = 800  # letters of output that are shown whole; of more, so many less than these:
 CUT = 780
 SAYS = "The output of the OS:\n\n"
+LONGEST = 100_000  # bytes of a script or parameter; Linux takes 131,071
 OURS = Path(__file__).parent / "data/os"
 CURE = "give the folder data/os_interaction of AgentBench (github.com/THUDM/AgentBench, v0.2)"
 INTERPRETERS = {"bash": ["bash", "-c"], "python": ["python3", "-c"]}
@@ -54,7 +55,7 @@ class Script:
 
     def command(self, parameters: list[str]) -> list[str]:
         """The command that runs it; a parameter is cut where Linux would refuse it."""
-        told = [text.replace("\0", "").encode()[:100_000] for text in parameters]
+        told = [text.replace("\0", "").encode()[:LONGEST] for text in parameters]
         dashes = ["--"] if self.language == "bash" and parameters else []
         texts = [text.decode(errors="ignore") for text in told]
         return [*INTERPRETERS[self.language], self.code, *dashes, *texts]
@@ -97,7 +98,7 @@ def load(path: Path) -> list[Problem]:
             name = f"{prefix}-{file.stem}-{number:05}"
             try:
                 problems.append(read_problem(name, raw, scripts))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, re.error) as error:
                 what = f"has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{file}: problem {number}: {what}; {CURE}") from None
     return problems
@@ -118,8 +119,8 @@ def read_tasks(file: Path) -> list:
 def read_problem(name: str, raw: dict, scripts: Path) -> Problem:
     """A problem as AgentBench writes it. Raises what is wrong with it."""
     read = partial(read_script, scripts=scripts)
-    created = raw.get("create")
-    asked = raw["evaluation"]
+    created = an_object(raw).get("create")
+    asked = an_object(raw["evaluation"])
     found = {
         "init": tuple(read(one) for one in listed(created, "init") if one is not None),
         "start": read(raw.get("start")),
@@ -127,19 +128,30 @@ def read_problem(name: str, raw: dict, scripts: Path) -> Problem:
     }
     if "match" in asked:
         match = asked["match"]
-        match = {"answer": match} if isinstance(match, str) else match
-        if not isinstance(match, dict) or not match.keys() & {"answer", "regex"}:
-            raise ValueError(f"match = {match!r:.40} is no text, answer or regex")
-        found |= {"answer": match.get("answer"), "pattern": match.get("regex")}
+        match = an_object({"answer": match} if isinstance(match, str) else match)
+        if "answer" in match:
+            found["answer"] = a_text(match["answer"])
+        else:
+            found["pattern"] = re.compile(a_text(match["regex"])).pattern
     else:
-        asked["check"]
-        checks = [found["example"] if one is None else read(one) for one in listed(asked, "check")]
+        checks = [read(one) or found["example"] for one in listed(asked, "check")]
         if not checks or None in checks:
-            raise ValueError("its check is empty, or asks for the example that it has not")
+            raise ValueError("it has no match and no check, or lacks the example that a check asks")
         found["checks"] = tuple(checks)
-    if not isinstance(raw["description"], str):
-        raise ValueError(f"description = {raw['description']!r:.40} is no text")
-    return Problem(name, raw["description"], **found)
+    return Problem(name, a_text(raw["description"]), **found)
+
+
+def an_object(value: object) -> dict:
+    if not isinstance(value, dict):
+        raise ValueError(f"{value!r:.40} is no object")
+    return value
+
+
+def a_text(value: object) -> str:
+    """A text of less than Linux allows of a parameter."""
+    if not isinstance(value, str) or len(value.encode(errors="replace")) > LONGEST:
+        raise ValueError(f"{value!r:.40} is no text of at most {LONGEST:,} bytes")
+    return value.replace("\0", "")
 
 
 def listed(raw: dict | list | None, name: str) -> list:
@@ -153,16 +165,16 @@ def read_script(raw: str | dict | None, scripts: Path) -> Script | None:
     if raw is None:
         return None
     if isinstance(raw, str):
-        return Script("bash", raw)
-    language = raw.get("language", "bash")
+        raw = {"code": raw}
+    language = an_object(raw).get("language", "bash")
     if language not in INTERPRETERS:
         raise ValueError(f"language {language!r:.20} is none of {', '.join(INTERPRETERS)}")
     if "file" not in raw:
-        return Script(language, raw["code"])
-    path = (scripts / raw["file"]).resolve()
+        return Script(language, a_text(raw["code"]))
+    path = (scripts / a_text(raw["file"])).resolve()
     if not path.is_relative_to(scripts.resolve()):
         raise ValueError(f"file {raw['file']!r:.40} lies outside {scripts}")
-    return Script(language, read_text(path, "script"))
+    return Script(language, a_text(read_text(path, "script")))
 
 
 # --------------------------------------------------------------------------------------- playing

@@ -277,7 +277,9 @@ class Docker:
         first = spawn(["docker", "run", "-i", *flags, *command])
         expect(first, b"made\n")
         end = partial(self.ask, "rm", "-f", name)
-        box = Box(name, first, ["docker", "exec", "-i", name], limits, end)
+        # Docker would pass the two outputs on as two, in no order
+        prefix = ["docker", "exec", "-i", name, "bash", "-c", 'exec "$@" 2>&1', "--"]
+        box = Box(name, first, prefix, limits, end)
         self.boxes.add(box)
         return box
 
