@@ -13,7 +13,8 @@ episodes in play are sampled together, greedily. An episode that is over is a li
 RUN/BENCHMARK.jsonl, at once. A line counts for what it was made of, told by a hash: what is there
 is not played again, and what was made of other data, another prompt, model or adapter is not read.
 
-Left out: sampling at a temperature, several tries at a sample. Source: GenPI section 6.1.
+Left out: sampling at a temperature, several tries at a sample. Sources: GenPI (arXiv 2411.15927),
+AgentBench (arXiv 2308.03688).
 """
 
 import json
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 
@@ -78,6 +80,7 @@ class Game:
             self.texts = self.episode.send(reply)
         except StopIteration as end:
             self.result = end.value
+            self.texts = self.texts if reply is None else [*self.texts, reply]
 
 
 Agent = Callable[[list[Game]], list[str | None]]
@@ -91,8 +94,8 @@ def play(samples: Iterable[Sample], agent: Agent, at_once: int) -> Iterator[Game
     waiting = deque(samples)
     games: list[Game] = []
     threads = min(at_once, 2 * (os.cpu_count() or 1))  # more would only keep each other waiting
-    with ThreadPoolExecutor(threads) as pool:
-        try:
+    try:
+        with ThreadPoolExecutor(threads) as pool:
             while waiting or games:
                 fresh = [waiting.popleft() for _ in range(min(len(waiting), at_once - len(games)))]
                 fresh = [Game(sample, sample.episode()) for sample in fresh]
@@ -102,9 +105,9 @@ def play(samples: Iterable[Sample], agent: Agent, at_once: int) -> Iterator[Game
                 list(pool.map(Game.go_on, asked, agent(asked) if asked else []))
                 yield from (game for game in games if game.result)
                 games = [game for game in games if not game.result]
-        finally:
-            for game in games:
-                game.episode.close()  # whatever it holds open
+    finally:  # the threads have come to their end
+        for game in games:
+            game.episode.close()  # and so what it holds open
 
 
 # ----------------------------------------------------------------------------------------- ways
@@ -136,13 +139,13 @@ def speak(
 
 
 def three_ways(run: Run, voice: Voice, limit: int) -> list[Way]:
-    weights = (run.folder / "adapter_model.safetensors").read_bytes()
+    weights = sha256((run.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     base = [run.model_sha256, run.bits, voice.chat.format, limit]
     agent = partial(partial, speak, voice)  # of the opening, the adapter and the limit
     ways = [
         ("teacher", "teacher, prompt", run.prompt.text, run.prompt.teacher, False),
         ("base", "base, no prompt", None, student_messages, False),
-        ("adapter", "adapter, no prompt", text_hash(weights.hex()), student_messages, True),
+        ("adapter", "adapter, no prompt", weights, student_messages, True),
     ]
     return [
         Way(name, title, json.dumps([*base, made_of]), agent(opening, adapter, limit))

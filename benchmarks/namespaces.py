@@ -28,6 +28,7 @@ import ctypes
 import fcntl
 import os
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -118,6 +119,7 @@ def build(size: int) -> None:
         (ROOT / "var/log" / name).touch()
     for name in SHARED:
         share(name)
+    forget(ROOT / "etc")
     forget_people()
     add_devices()
 
@@ -153,25 +155,36 @@ def share(name: str) -> None:
         mount("overlay", ROOT / name, "overlay", NO_DEV, options)
 
 
-def forget_people() -> None:
-    """Leave out the host's people, its passwords, and the settings that not everybody may read."""
-    for path in (ROOT / "etc").rglob("*"):
-        if path.is_file() and not path.is_symlink() and not path.stat().st_mode & 0o4:
+def forget(folder: Path) -> None:
+    """Leave out what not everybody may read."""
+    for path in folder.iterdir():
+        if path.is_symlink():
+            continue
+        mode = path.stat().st_mode
+        if path.is_dir():
+            forget(path) if mode & 0o1 else shutil.rmtree(path)
+        elif not mode & 0o4:
             path.unlink()
-    for name in ("passwd", "group"):
+
+
+def forget_people() -> None:
+    """Leave out the host's people and their passwords; give root an empty home."""
+    for name, shadow, line in (
+        ("passwd", "shadow", "{}:*:19000:0:99999:7:::\n"),
+        ("group", "gshadow", "{}:*::\n"),
+    ):
         path = ROOT / "etc" / name
-        lines = [line.split(":") for line in path.read_text().splitlines()]
-        kept = [line for line in lines if int(line[2]) < 1000 or int(line[2]) == 65534]
-        path.write_text("".join(":".join(line) + "\n" for line in kept))
-        shadow = "{}:*:19000:0:99999:7:::\n" if name == "passwd" else "{}:*::\n"
-        path = path.with_name("shadow" if name == "passwd" else "gshadow")
-        path.write_text("".join(shadow.format(line[0]) for line in kept))
-        path.chmod(0o640)
+        known = [told.split(":") for told in path.read_text().splitlines()]
+        known = [told for told in known if told[2:] and told[2].isdecimal()]
+        kept = [told for told in known if int(told[2]) < 1000 or int(told[2]) == 65534]
+        path.write_text("".join(":".join(told) + "\n" for told in kept))
+        (ROOT / "etc" / shadow).write_text("".join(line.format(told[0]) for told in kept))
+        (ROOT / "etc" / shadow).chmod(0o640)
+    (ROOT / "root").chmod(0o700)
     for name in (".bashrc", ".profile"):
         skeleton = ROOT / "etc/skel" / name
         if skeleton.exists():
             (ROOT / "root" / name).write_bytes(skeleton.read_bytes())
-    (ROOT / "root").chmod(0o700)
 
 
 def add_devices() -> None:

@@ -5,12 +5,12 @@
 
 and never the host itself. A Box is one machine, with a login shell that lasts and with processes of
 their own. It has no network and no folder of the host's, and ends at the latest when this process
-does, however that ends. A box that takes more than its Limits is ended at once: it is Wrecked.
+does, however that ends. It is held to its Limits; where that takes its end, it is Wrecked.
 
 What reads from a terminal reads the shell's input instead. So `su` goes on as another user, and a
 command that waits for an answer runs out of time.
 
-Left out: terminals, several images, anything that another user than root could do.
+Left out: terminals, several images.
 """
 
 import os
@@ -175,40 +175,47 @@ class Namespaces:
 
     def open(self) -> Box:
         name = f"genpi-{secrets.token_hex(8)}"
+        groups: list[Path] = []
         try:
-            groups = make_groups(name, self.limits)
+            groups = group_folders(name)
+            make_groups(groups, self.limits)
             joined = ":".join(map(str, groups))
             first = spawn([*self.program, "make", joined, str(self.limits.disk)])
             expect(first, b"unshared\n")
-            for map_name in ("uid_map", "gid_map"):
-                Path(f"/proc/{first.pid}/{map_name}").write_text("0 0 65536")
+            for users in ("uid_map", "gid_map"):
+                Path(f"/proc/{first.pid}/{users}").write_text("0 0 65536")
             first.stdin.write(b"\n")
             first.stdin.flush()
             expect(first, b"made\n")
             child = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().strip()
         except (OSError, ValueError) as error:
+            remove_groups(groups)
             raise ValueError(f"the kernel allows none ({error})") from None
         prefix = [*self.program, "enter", joined, child]
         return Box(name, first, prefix, self.limits, partial(remove_groups, groups))
 
 
-def make_groups(name: str, limits: Limits) -> list[Path]:
-    """Control groups that bound processes and memory, files in memory included -> their folders.
+def group_folders(name: str) -> list[Path]:
+    """Folders of control groups, to be made, that bound processes and memory.
 
-    Version 1 has a tree for each. Version 2 has one, in which a group can be made below the nearest
-    that has both controllers for its children. Source: the kernel's cgroup-v1/, cgroup-v2.rst.
+    Version 1 has a tree for each. Version 2 has one, where a group can be made below the nearest
+    that grants both to its children. Source: the kernel's cgroup-v1/ and cgroup-v2.rst.
     """
     lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     ours = {kind: path.strip("/") for _, kinds, path in lines for kind in kinds.split(",")}
-    if "memory" in ours:
-        folders = [GROUPS / kind / ours[kind] / name for kind in ("pids", "memory")]
-    else:
-        parents = [GROUPS / ours[""], *(GROUPS / ours[""]).parents]
-        kinds = {folder: (folder / "cgroup.subtree_control") for folder in parents}
-        able = [f for f, path in kinds.items() if {"pids", "memory"} <= words(path)]
-        if not able:
-            raise ValueError("no control group has pids and memory for its children")
-        folders = [able[0] / name]
+    needed = {"pids", "memory"}
+    if needed <= ours.keys():
+        return [GROUPS / kind / ours[kind] / name for kind in sorted(needed)]
+    folder = GROUPS / ours.get("", "")
+    for parent in (folder, *folder.parents):
+        grants = parent / "cgroup.subtree_control"
+        if grants.exists() and needed <= set(grants.read_text().split()):
+            return [parent / name]
+    raise ValueError("no control group grants pids and memory")
+
+
+def make_groups(folders: list[Path], limits: Limits) -> None:
+    """Make control groups with these limits; memory is that of processes and of files in memory."""
     values = {
         "pids.max": limits.processes, "memory.max": limits.memory, "memory.swap.max": 0,
         "memory.limit_in_bytes": limits.memory, "memory.memsw.limit_in_bytes": limits.memory,
@@ -218,20 +225,16 @@ def make_groups(name: str, limits: Limits) -> list[Path]:
         for file, value in values.items():
             if (folder / file).exists():
                 (folder / file).write_text(str(value))
-    return folders
 
 
-def words(path: Path) -> set[str]:
-    return set(path.read_text().split()) if path.exists() else set()
-
-
-def remove_groups(groups: list[Path]) -> None:
+def remove_groups(folders: list[Path]) -> None:
     """Remove control groups as soon as their last process is buried."""
-    for group in groups:
+    for folder in folders:
         for _ in range(100):
-            try:
-                group.rmdir()
+            if not folder.exists():
                 break
+            try:
+                folder.rmdir()
             except OSError:
                 time.sleep(0.01)
 
@@ -293,8 +296,8 @@ class Docker:
             told = self.ask("inspect", "--size", "--format", form, *boxes) if boxes else None
             for name, size in map(str.split, (told or "").splitlines()):
                 if int(size) > self.limits.disk:
-                    told = f"more than {self.limits.disk >> 20} MiB of files"
-                    boxes[name.strip("/")].wreck(told)
+                    why = f"more than {self.limits.disk >> 20} MiB of files"
+                    boxes[name.strip("/")].wreck(why)
 
 
 KINDS = {"docker": Docker, "namespaces": Namespaces}
@@ -318,5 +321,5 @@ def find_sandbox(
             lacks.append(f"{name}: {found[1].strip()}")
         except (ValueError, Wrecked) as error:
             lacks.append(f"{name}: {error}")
-    cure = "install Docker and start it, or work as root on Linux 5.11 or later"
+    cure = "install Docker and start it, or work as root on Linux"
     raise ValueError(f"no sandbox for the commands of a model; {cure} ({'; '.join(lacks)})")

@@ -182,7 +182,7 @@ def test_a_half_is_resumed_and_counted_once(tmp_path):
     assert [row["id"] for row in rows] == ["a", "b", "a", "c"]
     assert rows[0] == {
         "way": "teacher", "id": "a", "of": text_hash("a1"),
-        "score": 1.0, "ended": "enough", "texts": ["x"],
+        "score": 1.0, "ended": "enough", "texts": ["x", "x"],
     }  # fmt: skip
     results(path, samples, [way(always("x", asked))], 1)
     assert len(asked) == 3
@@ -241,14 +241,14 @@ def test_nothing_is_compared_with_a_teacher_that_scores_nothing():
 
 
 def test_the_oracle_names_what_fails(capsys):
-    """Samples that know their solution are played; a failure is told with its last text."""
+    """Samples that know their solution are played; a failure is told with its last words."""
     samples = [
         sample("good", oracle=lambda texts: "x"), sample("bad", oracle=lambda texts: "y"),
         sample("unknown"),
     ]  # fmt: skip
     show_oracle(samples, 2)
     out = capsys.readouterr().out
-    assert "bad: enough 'x'" in out and "good:" not in out
+    assert "bad: enough 'y'" in out and "good:" not in out
     assert "the oracle scores 1 of 2; 1 have none" in out
 
 

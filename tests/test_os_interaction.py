@@ -205,7 +205,9 @@ def test_the_shell_is_open_before_init_and_start_runs_in_it():
         ["python3", "-c", "c1", "7"], ["bash", "-c", "c2", "--", "7", "first"], "end",
     ]  # fmt: skip
     assert game.result == {"score": 1.0, "ended": "answer", "answer": "7"}
-    assert game.texts == ["Do.", BASH.format("ls"), "The output of the OS:\n\nout"]
+    assert game.texts == [
+        "Do.", BASH.format("ls"), "The output of the OS:\n\nout", "Act: answer( 7 )"
+    ]  # fmt: skip
 
 
 def test_the_first_check_that_fails_ends_it():

@@ -114,7 +114,7 @@ def attack(sandbox, code: str, seconds: float = LIMITS.seconds) -> list[str]:
     assert games["bad"].result["score"] == 0
     assert games["good"].result["score"] == 1
     assert all(box.first.poll() is not None for box in boxes)
-    return [*games["bad"].texts[2:], games["bad"].result["ended"]]
+    return [*games["bad"].texts[2:3], games["bad"].result["ended"]]
 
 
 def test_rm_rf_root(sandbox):
