@@ -15,13 +15,17 @@ who has a hole in the kernel at hand.
 This file is also a program, of the standard library alone, which sandbox.py starts as root:
 
     namespaces.py make GROUPS BYTES           a machine with so much room on its disk; it ends with
-                                              this process
-    namespaces.py enter GROUPS PID COMMAND    a command in it; exits as the command does
+                                              this process, and this with its standard input
+    namespaces.py enter GROUPS FD COMMAND     a command in it; exits as the command does
 
-GROUPS are folders of control groups, parted by colons, which bound its processes and memory.
+GROUPS are folders of control groups, parted by colons, which bound its processes and memory. FD is
+a pidfd of the first process of the machine.
+
+Nothing that can still do more than the machine may runs Python after it has gone in, but what leads
+to an exec: an import would read files that the model may have written.
 
 Left out: other users than root, who cannot bring users of their own. Sources: namespaces(7),
-capabilities(7), pivot_root(2), the kernel's Documentation/filesystems/overlayfs.rst.
+setns(2), capabilities(7), pivot_root(2), the kernel's Documentation/filesystems/overlayfs.rst.
 """
 
 import ctypes
@@ -96,15 +100,20 @@ def make(size: int) -> int:
     print("unshared", flush=True)
     if not os.read(0, 1):
         return 1
-    first = os.fork()  # the pid namespace begins with a child
-    if first:
-        os.waitpid(first, 0)
-        return 0
+    waits, _ = os.pipe()  # for what never comes; it has no link to the host's standard input
+    if os.fork():  # the pid namespace begins with a child
+        try:
+            os.read(0, 1)
+        finally:
+            os._exit(0)  # and so the child: no process in there can hold this one up
     prctl(PARENT_DIES, signal.SIGKILL)
     settle()
     print("made", flush=True)
+    os.dup2(waits, 0)
+    for output in (1, 2):
+        os.dup2(os.open("/dev/null", os.O_WRONLY), output)
     drop_capabilities()
-    # bash, since it buries orphans; it ends, and all processes with it, with standard input
+    # bash, since it buries orphans; with it all processes end
     return os.execve("/bin/bash", ["bash", "-c", "read"], ENVIRONMENT)
 
 
@@ -204,15 +213,14 @@ def add_devices() -> None:
 
 
 def enter(first: int, command: list[str]) -> int:
-    """Run a command in the machine whose first process is given -> its exit status."""
+    """Run a command in the machine with this first process, a pidfd -> its exit status."""
     prctl(DUMPABLE, 0)  # nobody in there shall look at this process while it still has everything
-    doors = [os.open(f"/proc/{first}/ns/{kind}", os.O_RDONLY) for kind in NAMESPACES]
-    for door in doors:
-        call("setns", door, 0)
-        os.close(door)
+    call("setns", first, NAMESPACES["pid"])  # of the children; this process stays outside
     child = os.fork()
     if child == 0:
         try:
+            call("setns", first, sum(NAMESPACES.values()))
+            os.close(first)
             drop_capabilities()
             os.umask(0o022)
             os.execvpe(command[0], command, ENVIRONMENT)
@@ -227,9 +235,13 @@ def join(groups: str) -> None:
     """Put this process, and so its children, into control groups, and behind all others.
 
     Python ignores two signals, which children inherit, so that `ls | head` would complain.
+    Raises: OSError if the kernel does not list it there, so that nothing runs unbounded.
     """
     for group in groups.split(":"):
-        Path(group, "cgroup.procs").write_text("0")
+        members = Path(group, "cgroup.procs")
+        members.write_text("0")
+        if str(os.getpid()) not in members.read_text().split():
+            raise OSError(f"{members}: this process did not get into the control group")
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(ignored, signal.SIG_DFL)
     Path("/proc/self/oom_score_adj").write_text("1000")

@@ -1,28 +1,49 @@
 """What a model may run: the sandbox keeps a shell as it should be, and holds what it must.
 
-The tests run in each kind of sandbox that works here, and are skipped for the others.
+The tests run in each kind of sandbox that works here, and are skipped for the others. None of them
+can get out of hand: a sandbox that does not prove its bounds is refused, and so skipped.
 """
 
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks import namespaces
 from benchmarks.driver import Sample, play
 from benchmarks.os_interaction import Problem, episode
-from benchmarks.sandbox import KINDS, Box, Limits, Wrecked, find_sandbox
+from benchmarks.sandbox import (
+    KINDS,
+    Box,
+    Docker,
+    Limits,
+    Namespaces,
+    Wrecked,
+    find_sandbox,
+    make_groups,
+    spawn,
+)
 
 LIMITS = Limits(output=1 << 20, processes=64, memory=1 << 27, disk=1 << 25)
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def sandbox(request):
+    return find(request.param)
+
+
+def find(kind: str) -> Docker | Namespaces:
     try:
-        return find_sandbox([request.param], limits=LIMITS)
+        return find_sandbox([kind], limits=LIMITS)
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -89,6 +110,64 @@ def test_a_command_that_waits_for_input_runs_out_of_time(sandbox):
             box.execute("cat")
 
 
+def test_who_fills_the_shells_input_runs_out_of_time(sandbox):
+    """What we tell a shell that reads nothing must not make us wait."""
+    with sandbox.open() as box:
+        box.open_shell()
+        box.execute("exec 3>/proc/$$/fd/0; (sleep 0.2; kill -STOP $$; yes >&3) > /dev/null 2>&1 &")
+        time.sleep(0.5)
+        box.limits = Limits(seconds=0.5)
+        with pytest.raises(Wrecked, match="more than 0.5 s"):
+            box.execute(f"echo {'x' * 100_000}")
+
+
+# ------------------------------------------------------------------------------------------- bounds
+
+
+def test_without_bounds_there_is_no_sandbox(tmp_path, monkeypatch):
+    """Folders that are no control groups are refused before anything is started."""
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("benchmarks.sandbox.group_folders", lambda name: [tmp_path / name])
+    monkeypatch.setattr("benchmarks.sandbox.spawn", None)
+    with pytest.raises(ValueError, match="no control groups that bound processes and memory"):
+        Namespaces(LIMITS).open()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_that_is_not_kept_is_refused(tmp_path, monkeypatch):
+    """The kernel must give the number back."""
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group/pids.max").symlink_to("/dev/null")
+    monkeypatch.setattr(Path, "mkdir", lambda path: None)
+    with pytest.raises(ValueError):
+        make_groups([tmp_path / "group"], LIMITS)
+
+
+def test_who_is_in_no_group_runs_nothing(tmp_path):
+    """A process that the kernel does not list in its control group ends."""
+    with pytest.raises(OSError, match="did not get into"):
+        namespaces.join(str(tmp_path))
+
+
+def test_docker_without_bounds_is_no_sandbox(monkeypatch):
+    """A daemon whose kernel cannot bound processes drops that flag with a warning."""
+    monkeypatch.setattr(Docker, "ask", staticmethod(lambda *command: ""))
+    said = ["sh", "-c", "echo max 134217728; read x"]
+    monkeypatch.setattr("benchmarks.sandbox.spawn", lambda command: spawn(said))
+    with pytest.raises(ValueError, match="does not prove its bounds.*max 134217728"):
+        Docker(LIMITS).open()
+
+
+def test_every_command_is_bounded(sandbox):
+    """A process that is let in later counts like those that it starts."""
+    with sandbox.open() as box:
+        box.open_shell()
+        box.execute("for i in {1..40}; do sleep 1000 & done")
+        said = box.run(["sh", "-c", "for i in $(seq 40); do sleep 1000 & done"])[1]
+        assert "Cannot fork" in said or "temporarily unavailable" in said  # dash, bash
+
+
 # ------------------------------------------------------------------------------------------ attacks
 
 
@@ -128,16 +207,18 @@ def test_rm_rf_root(sandbox):
 
 def test_fork_bomb(sandbox):
     """No more processes are made than are allowed, and none is left."""
-    with sandbox.open() as box:  # before the bomb: does the limit hold?
-        said = box.run(["sh", "-c", "for i in $(seq 99); do sleep 1000 & done"])[1]
-        assert "Cannot fork" in said or "temporarily unavailable" in said  # dash, bash
-    before = processes()
-    attack(sandbox, "bomb() { bomb | bomb & }; bomb; sleep 1", seconds=2)
-    assert processes() < before + LIMITS.processes // 2
-
-
-def processes() -> int:
-    return len(list(Path("/proc").glob("[0-9]*")))
+    test_every_command_is_bounded(sandbox)  # else the bomb is not thrown
+    before = len(command_lines())
+    most = before
+    code = "bomb() { bomb | bomb & }; bomb; sleep 1"
+    with ThreadPoolExecutor(1) as pool:
+        thrown = pool.submit(attack, sandbox, code, 2)
+        while not thrown.done():
+            most = max(most, len(command_lines()))
+            time.sleep(0.05)
+    thrown.result()
+    assert before + 20 < most < before + 2 * LIMITS.processes
+    assert len(command_lines()) < before + 20
 
 
 def test_endless_loop(sandbox):
@@ -206,6 +287,37 @@ def command_lines() -> list[str]:
         except OSError:
             continue
     return found
+
+
+def test_a_killed_run_leaves_nothing(tmp_path):
+    """A kill -9 of our process ends the machine, though that holds its first process's input."""
+    mark = f"sleep 7{os.getpid()}.5"
+    code = f"exec 3<>/proc/1/fd/0 >/dev/null; {mark}"
+    script = f"""if True:
+        import os, signal, time
+        from pathlib import Path
+        from benchmarks.sandbox import find_sandbox
+        box = find_sandbox(["namespaces"]).open()
+        box.start(["bash", "-c", {code!r}], -3)
+        while not Path({str(tmp_path)!r}, "go").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    find("namespaces")
+    root = Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, "-c", script], cwd=root) as process:
+        wait_until(lambda: [line for line in command_lines() if line.strip() == mark])
+        (tmp_path / "go").touch()
+        assert process.wait() == -signal.SIGKILL
+    wait_until(lambda: not [line for line in command_lines() if mark in line])
+
+
+def wait_until(true: Callable[[], object]) -> None:
+    """Wait for at most 20 s. Raises AssertionError then."""
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_no_way_out_through_proc(sandbox):
