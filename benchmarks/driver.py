@@ -1,6 +1,6 @@
 """Plays a benchmark of the paper: many episodes together, in three ways, and tells the scores.
 
-    python evaluate.py os --run runs/os --data PATH
+    python evaluate.py os|web_browsing|web_shopping --run runs/NAME [--data PATH]
 
     teacher    the base model with the prompt
     base       the base model without it
@@ -13,6 +13,9 @@ episodes in play are sampled together, greedily. An episode that is over is a li
 RUN/BENCHMARK.jsonl, at once. A line counts for what it was made of, told by a hash: what is there
 is not played again, and what was made of other data, another prompt, model or adapter is not read.
 
+The module of a benchmark has REPLY_TOKENS, the limit of a reply; MEASURES, names of what its
+results hold beside the score and is averaged; add_flags(add); and samples(args) -> [Sample].
+
 Left out: sampling at a temperature, several tries at a sample. Sources: GenPI (arXiv 2411.15927),
 AgentBench (arXiv 2308.03688).
 """
@@ -20,7 +23,7 @@ AgentBench (arXiv 2308.03688).
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -41,7 +44,9 @@ from sampler import Sampling, Voice, say
 from stats import wilson
 from train import open_model
 
-BENCHMARKS = {"os": "os_interaction"}  # name, which is that of the prompt's task too: module
+BENCHMARKS = {  # name, which is that of the prompt's task too: module
+    "os": "os_interaction", "web_browsing": "web_browsing", "web_shopping": "web_shopping",
+}  # fmt: skip
 NO_ROOM = {"score": 0.0, "ended": "no room in the context"}
 RESAMPLES = 10_000
 
@@ -206,9 +211,13 @@ def mean_interval(scores: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def table(found: dict[str, list[dict]]) -> str:
-    """A row a way: score with its 95 % interval, share of the first way's, how episodes ended."""
-    lines = ["| | score (95 %) | of the teacher's | episodes ended with |", "|---|---|---|---|"]
+def table(found: dict[str, list[dict]], measures: Sequence[str] = ()) -> str:
+    """A row a way: score with its 95 % interval, share of the first way's, how episodes ended.
+
+    measures: of the rows, whose means are columns too; a row that has it not counts 0.
+    """
+    head = ["", "score (95 %)", "of the teacher's", *measures, "episodes ended with"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     scores = {title: [row["score"] for row in rows] for title, rows in found.items()}
     whole = all(score in (0, 1) for each in scores.values() for score in each)
     means = [sum(each) / len(each) for each in scores.values()]
@@ -217,7 +226,8 @@ def table(found: dict[str, list[dict]]) -> str:
         share = f"{mean / means[0]:.2f}" if means[0] else "none to compare with"
         ends = Counter(row["ended"] for row in rows).most_common()
         ended = ", ".join(f"{how} {count}" for how, count in ends)
-        lines.append(f"| {title} | {told} | {share} | {ended} |")
+        also = [f"{100 * sum(row.get(m, 0) for row in rows) / len(rows):.1f}" for m in measures]
+        lines.append(f"| {' | '.join([title, told, share, *also, ended])} |")
     return "\n".join(lines)
 
 
@@ -238,6 +248,8 @@ def average(scores: list[float]) -> str:
 def show_oracle(samples: list[Sample], at_once: int) -> None:
     """Play the samples with those who know in the agent's place; tell what fails all the same."""
     known = [sample for sample in samples if sample.oracle]
+    if not known:
+        raise ValueError("no sample here brings a solution that --oracle could play; give --run")
     solved = 0.0
     with tqdm(total=len(known), desc="oracle", unit="sample") as bar:
         for game in play(known, lambda games: [g.sample.oracle(g.texts) for g in games], at_once):
@@ -278,4 +290,4 @@ def command(argv: list[str]) -> None:
         voice = Voice(*open_model(run), run.slots)
         ways = three_ways(run, voice, benchmark.REPLY_TOKENS)
         found = results(run.folder / f"{name}.jsonl", samples, ways, args.at_once)
-    print(f"\n# {name}: {args.run}, {len(samples)} samples\n\n{table(found)}")
+    print(f"\n# {name}: {args.run}, {len(samples)} samples\n\n{table(found, benchmark.MEASURES)}")

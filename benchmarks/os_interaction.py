@@ -35,6 +35,7 @@ from prompt import OS
 from runs import text_hash
 
 REPLY_TOKENS = 512
+MEASURES = ()
 ROUNDS = 8
 SHOWN = 800  # letters of output that are shown whole; of more, so many less than these:
 CUT = 780

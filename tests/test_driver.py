@@ -10,7 +10,7 @@ import torch
 import evaluate
 import genpi
 import lora
-from benchmarks import driver
+from benchmarks import driver, web_shopping
 from benchmarks.driver import (
     Sample,
     Way,
@@ -26,6 +26,7 @@ from benchmarks.driver import (
 from prompt import parse_prompt
 from runs import text_hash
 
+TINY = Path(__file__).parent.parent / "tiny"
 PROMPT = parse_prompt("<USER>:\nSay Act: first. My problem: {user_input}")
 
 
@@ -235,6 +236,15 @@ def test_other_scores_have_a_mean_with_a_bootstrap_interval():
     assert "| base | 0.0 (0.0 to 0.0), n = 4 | 0.00 |" in page
 
 
+def test_what_else_was_measured_is_averaged():
+    """A row that has it not, as one without room in the context, counts 0."""
+    found = [*rows(1, ended="right"), *rows(0, ended="no room")]
+    found[0] |= {"element": True, "f1": 0.5}
+    page = table({"teacher": found}, ("element", "f1"))
+    assert "| of the teacher's | element | f1 | episodes" in page
+    assert "| 1.00 | 50.0 | 25.0 | right 1, no room 1 |" in page
+
+
 def test_nothing_is_compared_with_a_teacher_that_scores_nothing():
     page = table({"teacher": rows(0, 0), "adapter": rows(1, 0)})
     assert page.count("none to compare with") == 2
@@ -257,12 +267,16 @@ def test_the_oracle_names_what_fails(capsys):
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, tmp_path_factory):
-    """A finished run of two tasks with the random checkpoint, without their reports."""
+    """A finished run of each task with the random checkpoint, without their reports."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "os.txt").write_text("Act.\n")
+    (folder / "shop").mkdir()
+    for file in web_shopping.OURS.iterdir():
+        text = file.read_text().replace('"pricing": "$', '"pricing": "EUR ')
+        (folder / "shop" / file.name).write_text(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(genpi, "report", lambda folder, loaded: None)
-        for task in ("os", "any"):
+        patch.setattr(genpi, "report", lambda *about, **more: None)
+        for task in ("any", *driver.BENCHMARKS):
             inputs = folder / f"{task}-inputs.txt"
             inputs.write_text("Count to 3.\nName a tree.\nSpell cat.\n")
             flags = "--samples 2 --held-out 1 --epochs 1 --batch 2 --max-new-tokens 8"
@@ -277,7 +291,7 @@ def finished(checkpoint, tmp_path_factory):
 def benchmark(samples: list[Sample]) -> SimpleNamespace:
     """A benchmark as a module would be."""
     return SimpleNamespace(
-        __doc__="A benchmark.", REPLY_TOKENS=4, add_flags=lambda add: None,
+        __doc__="A benchmark.", REPLY_TOKENS=4, MEASURES=(), add_flags=lambda add: None,
         samples=lambda args: samples,
     )  # fmt: skip
 
@@ -298,12 +312,33 @@ def test_the_command_plays_a_run_three_ways(finished, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("name", "ended"), [("web_browsing", "none chosen"), ("web_shopping", "no action")]
+)
+def test_the_web_benchmarks_play_data_of_our_own(finished, capsys, name, ended):
+    """Of nonsense comes neither a choice nor an action; played again, nothing is added."""
+    for _ in range(2):
+        assert evaluate.main([name, "--run", str(finished / name), "--samples", "3"]) == 0
+        page = capsys.readouterr().out
+        assert page.count("| 0 of 3 (0 to 56 %) |") == page.count(f"| {ended} 3 |") == 3
+        lines = (finished / name / f"{name}.jsonl").read_text().splitlines()
+        assert len(lines) == 9
+
+
+@pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["chess"], ["no benchmark is called chess", "os"]),
         (["os"], ["--run", "--oracle"]),
         (["os", "--run", "{}/none"], ["no args.json"]),
         (["os", "--run", "{}/any"], ["task any", "--task os"]),
+        (["os", "--run", "{}/os", "--model", str(TINY)], ["tiny has changed since {}/os was made"]),
+        (["web_browsing", "--run", "{}/os"], ["task os", "--task web_browsing"]),
+        (["web_browsing", "--run", "{}/web_browsing", "--data", "{}/x"], ["{}/x", "Mind2Web"]),
+        (["web_browsing", "--run", "{}/web_browsing", "--data", "{}/os"], ["no scores_all_data"]),
+        (["web_browsing", "--run", "{}/web_browsing", "--seed", "-1"], ["-1 is out of range"]),
+        (["web_browsing", "--oracle"], ["no sample here brings a solution"]),
+        (["web_shopping", "--run", "{}/web_shopping", "--data", "{}/os"], ["items_ins", "WebShop"]),
+        (["web_shopping", "--run", "{}/web_shopping", "--data", "{}/shop"], ["'EUR", "no price"]),
         (["os", "--run", "{}/os", "--data", "{}"], ["has no data/1/*.json", "AgentBench"]),
         (["os", "--oracle", "--data", "{}/os.txt"], ["not JSON"]),
         (["os", "--oracle", "--at-once", "0"], ["at least 1"]),
@@ -314,7 +349,7 @@ def test_a_mistake_is_one_line(finished, capsys, argv, words):
     """It names what is wrong; exit code 2."""
     assert evaluate.main([word.format(finished) for word in argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and all(word in line for word in words)
+    assert line.startswith("error: ") and all(word.format(finished) in line for word in words)
 
 
 def test_without_a_sandbox_nothing_runs(monkeypatch, capsys):
