@@ -146,14 +146,18 @@ def speak(
 def three_ways(run: Run, voice: Voice, limit: int) -> list[Way]:
     weights = sha256((run.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
     base = [run.model_sha256, run.bits, voice.chat.format, limit]
-    agent = partial(partial, speak, voice)  # of the opening, the adapter and the limit
     ways = [
         ("teacher", "teacher, prompt", run.prompt.text, run.prompt.teacher, False),
         ("base", "base, no prompt", None, student_messages, False),
         ("adapter", "adapter, no prompt", weights, student_messages, True),
     ]
     return [
-        Way(name, title, json.dumps([*base, made_of]), agent(opening, adapter, limit))
+        Way(
+            name,
+            title,
+            json.dumps([*base, made_of]),
+            partial(speak, voice, opening, adapter, limit),
+        )
         for name, title, made_of, opening, adapter in ways
     ]
 
@@ -216,8 +220,8 @@ def table(found: dict[str, list[dict]], measures: Sequence[str] = ()) -> str:
 
     measures: of the rows, whose means are columns too; a row that has it not counts 0.
     """
-    head = ["", "score (95 %)", "of the teacher's", *measures, "episodes ended with"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    head = ["score (95 %)", "of the teacher's", *measures, "episodes ended with"]
+    lines = [f"| | {' | '.join(head)} |", "|---" * len(head) + "|---|"]
     scores = {title: [row["score"] for row in rows] for title, rows in found.items()}
     whole = all(score in (0, 1) for each in scores.values() for score in each)
     means = [sum(each) / len(each) for each in scores.values()]

@@ -168,6 +168,22 @@ def test_every_command_is_bounded(sandbox):
         assert "Cannot fork" in said or "temporarily unavailable" in said  # dash, bash
 
 
+def test_who_lets_a_command_in_stays_outside():
+    """Else its Python, which may still do all, would import what a model has written."""
+
+    def files_of(pid: int) -> str:
+        return os.readlink(f"/proc/{pid}/ns/mnt")
+
+    with find("namespaces").open() as box:
+        door = box.start(["sleep", "1000"], subprocess.DEVNULL)
+        children = Path(f"/proc/{door.pid}/task/{door.pid}/children")
+        wait_until(children.read_text)
+        child = int(children.read_text())
+        wait_until(lambda: files_of(child) != files_of(os.getpid()))
+        assert files_of(door.pid) == files_of(os.getpid())
+    door.communicate()
+
+
 # ------------------------------------------------------------------------------------------ attacks
 
 
