@@ -82,7 +82,8 @@ def load(path: Path) -> list[Problem]:
     Raises: ValueError naming what is missing, or is no problem as we know them.
     """
     if path.is_file():
-        folder, files = path.parent.parent, [path]
+        within = path.parent.parent if path.parent.name.isdecimal() else path.parent  # data/
+        folder, files = within.parent, [path]
     else:
         within = path / "data/os_interaction"
         folder = within if within.is_dir() else path

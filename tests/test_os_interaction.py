@@ -105,6 +105,12 @@ def test_ids_are_agentbenchs(folder):
         "std-004-N4-00000", "std-004-N4-00001", "std-007-b-00000", "std-007-b-00001"
     ]  # fmt: skip
     assert [problem.id for problem in load(path / "data/dev.json")] == ["dev-001-dev-00000"]
+    (path / "scripts/7").mkdir(parents=True)
+    (path / "scripts/7/x.sh").write_text("ls")
+    folder([{"description": "x", "evaluation": {"check": {"file": "x.sh"}}}], "data/7/b.json")
+    (alone,) = load(path / "data/7/b.json")
+    assert (alone.id, alone.checks[0].code) == ("std-007-b-00000", "ls")
+    folder([one, one], "data/7/b.json")
     around = path.rename(path.with_name("x")).parent
     (around / "repository/data").mkdir(parents=True)
     (around / "x").rename(around / "repository/data/os_interaction")
