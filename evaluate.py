@@ -3,10 +3,11 @@
     python evaluate.py --run runs/os                             the report of a finished run
     python evaluate.py --run runs/os --against runs/os-sft       do two adapters differ?
     python evaluate.py --run runs/os --merge merged              the adapter, folded in
+    python evaluate.py os --run runs/os                          a benchmark (benchmarks/driver.py)
 
-The first prints the report and writes report.json and report.md. Everything is measured on the
-held-out inputs, which training never saw. All but the costs is measured with one set of
-weights: the adapter is switched on and off.
+The first prints the report and writes report.json and report.md. All is measured on the held-out
+inputs, which training never saw, and all but the costs with one set of weights: the adapter is
+switched on and off.
 
     nll          nats/token of the teacher's turns: base without p, base with p (the teacher),
                  adapter without p
@@ -30,6 +31,7 @@ import sys
 import time
 from difflib import SequenceMatcher
 from functools import partial
+from importlib import import_module
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
@@ -102,9 +104,7 @@ def share(outcomes: list[bool]) -> dict:
 
 
 def follows(task: Task, records: list[Record]) -> dict | None:
-    """On how many inputs the teacher's first reply has the form that p asks for; None if we know of
-    no form.
-    """
+    """On how many inputs the teacher's first reply has the form of p; None if we know none."""
     if task.action is None:
         return None
     return share([task.act(record.teacher) is not None for record in records])
@@ -438,8 +438,10 @@ def write_merged(folder: Path, target: Path, device: str | None, model: str | No
     print(f"{target}: {run.model} with the adapter of {folder} folded in")
 
 
-def command(argv: list[str] | None) -> None:
-    """Report on a run, compare two, or write one as a plain checkpoint."""
+def command(argv: list[str]) -> None:
+    """Report on a run, compare two, write one as a plain checkpoint, or play a benchmark."""
+    if argv and not argv[0].startswith("-"):
+        return import_module("benchmarks.driver").command(argv)
     parser = Flags(prog="evaluate.py", description="Report on a finished run.")
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder of genpi.py")
@@ -459,7 +461,7 @@ def command(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return runs.exit_code(command, argv)
+    return runs.exit_code(command, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

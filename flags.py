@@ -36,6 +36,7 @@ def number(kind: type, low: float, high: float = math.inf):
 
 
 WHOLE = number(int, 1)
+SEED = number(int, 0, 2**32)
 SHARE = number(float, 0, 1)
 
 

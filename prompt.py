@@ -177,7 +177,7 @@ def os_action(text: str) -> tuple | None:
     """
     for act in reversed(re.findall(r"Act:\s*(.+)", text)):
         blocks = re.findall(r"```bash\s*\n(.*?)```", text, re.DOTALL)
-        if act.lower().startswith("bash") and blocks:
+        if act.lower().startswith("bash"):  # without a block an empty command
             return ("bash", "\n\n".join(block.strip() for block in blocks))
         if act.lower().startswith("finish"):
             return ("finish",)

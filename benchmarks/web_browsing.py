@@ -1,5 +1,8 @@
 """Web browsing: the next step on a recorded web page, chosen among ten elements of it.
 
+    python evaluate.py web_browsing --run runs/web_browsing                14 steps of our own
+    python evaluate.py web_browsing --run runs/web_browsing --data PATH    Mind2Web's, from a folder
+
 A sample is one step of one recorded task of Mind2Web: the page, the steps before, and the elements
 that a small ranking model placed first to tenth. The agent reads five elements at a time, in a
 fresh dialogue each, and chooses one or none; a chosen one is asked about again behind the others,
@@ -19,8 +22,10 @@ Source: Mind2Web (2306.06070) section 3; AgentBench (2308.03688), web browsing, 
 
 import hashlib
 import heapq
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from random import Random
@@ -28,17 +33,23 @@ from xml.etree import ElementTree
 
 from tqdm import tqdm
 
+from benchmarks.driver import Episode, Sample
 from benchmarks.items import json_items
 from benchmarks.web_page import ID, candidates_on, prune, spell
 from benchmarks.web_ranks import find_ranks, read_ranks
 from files import check_kinds
+from flags import SEED, WHOLE
 from prompt import browsing_action
+from runs import text_hash
 
+REPLY_TOKENS = 512
+MEASURES = ("element", "f1")
 BEST = 10  # elements, of the ranking model
 OFFERED = 5  # elements of a question
 BEFORE = 5  # steps that the agent is told
 SHOWN = 10  # words of an element in the list of choices
 LETTERS = "BCDEF"  # of the elements; A is none of them
+OURS = Path(__file__).parent / "data/web_browsing"
 CURE = "give a folder of Mind2Web's JSON files, such as test_domain of its test.zip"
 OTHER = "ranks and tasks must be of the same data set"
 
@@ -206,15 +217,20 @@ def graded(step: Step, chosen: str | None, said: str, asked: int) -> dict:
     """The score of a step and what explains it. said: the operation and its value."""
     element = chosen in step.right
     f1 = words_f1(said, step.operation) if step.right else 0.0
-    score = float(element and f1 == 1)
+    if element:
+        ended = "right" if f1 == 1 else "another operation"
+    elif not step.right:
+        ended = "no right element among the ten"
+    else:
+        ended = "another element" if chosen else "none chosen"
     known = {"questions": asked, "said": said, "wanted": step.operation}
-    return {"score": score, "element": element, "f1": f1, **known}
+    return {"score": float(ended == "right"), "ended": ended, "element": element, "f1": f1, **known}
 
 
 # ----------------------------------------------------------------------------------------- episode
 
 
-def episode(step: Step) -> Generator[list[str], str, dict]:
+def episode(step: Step) -> Episode:
     """One step: yields each question as a dialogue of its own, is sent the reply, returns a score.
 
     Without a right element nothing is asked. The order of the elements is drawn by the step's id.
@@ -240,3 +256,22 @@ def episode(step: Step) -> Generator[list[str], str, dict]:
         chosen = None
         said = ""
     return graded(step, chosen, said, asked)
+
+
+# --------------------------------------------------------------------------------- command
+
+
+def add_flags(add: Callable) -> None:
+    add("--data", type=Path, default=OURS, help="folder of Mind2Web's files and ranks")
+    add("--samples", type=WHOLE, default=100, help="steps to draw")
+    add("--seed", type=SEED, default=0, help="of which steps are drawn")
+
+
+def samples(args) -> list[Sample]:
+    """Steps of the pages at --data."""
+    steps = load(args.data, args.samples, args.seed)
+    print(f"{len(steps)} steps of recorded pages, drawn with seed {args.seed}")
+    return [
+        Sample(step.id, text_hash(json.dumps(asdict(step))), partial(episode, step))
+        for step in steps
+    ]

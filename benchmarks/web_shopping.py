@@ -1,5 +1,8 @@
 """Web shopping: buy in a shop of text pages what an instruction asks for.
 
+    python evaluate.py web_shopping --run runs/web_shopping                a shop of our own
+    python evaluate.py web_shopping --run runs/web_shopping --data PATH    WebShop's, from a folder
+
 The measure is the mean reward over the first 200 goals. A page shows its texts with [SEP] between
 them and what can be clicked on it; the agent answers with search[words] or click[text]. There are
 ten turns; a reply without an action ends the purchase with 0, an action that the page does not
@@ -16,20 +19,27 @@ and reviews, which it does not load either.
 Source: WebShop (2207.01206), text mode, commit 64fa2a5; AgentBench (2308.03688), web shopping.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
+from benchmarks.driver import Episode, Sample
 from benchmarks.shop_catalogue import read_catalogue, search_text
 from benchmarks.shop_reward import Goal, Product, reward
 from benchmarks.shop_search import Index
+from flags import SEED, WHOLE
 from prompt import shopping_action
+from runs import text_hash
 
+REPLY_TOKENS = 512
+MEASURES = ()
 TURNS = 10
 PAGE = 10  # products
 FOUND = 50  # products
 TABS = ("Description", "Features", "Reviews")
+OURS = Path(__file__).parent / "data/web_shopping"
 
 
 class Shop:
@@ -168,7 +178,7 @@ def load(path: Path, n: int = 200, seed: int = 0) -> list[Visit]:
     return [Visit(f"{kind}-{number}-seed-{seed}", goal, shop) for number, goal in goals]
 
 
-def episode(visit: Visit) -> Generator[list[str], str, dict]:
+def episode(visit: Visit) -> Episode:
     """One purchase: yields the conversation so far, is sent the agent's reply, returns a score."""
     session = Session(visit.shop, visit.goal)
     said = [session.page()]
@@ -177,10 +187,33 @@ def episode(visit: Visit) -> Generator[list[str], str, dict]:
         reply = yield said
         action = shopping_action(reply)
         if action is None:
-            return {"score": 0.0, "end": "no action", "turns": turn, **known}
+            return {"score": 0.0, "ended": "no action", "turns": turn, **known}
         session.act(*action)
         if session.bought:
             known |= {"bought": session.item.asin, "chosen": session.chosen}
-            return {**session.bought, "end": "bought", "turns": turn, **known}
+            return {**session.bought, "ended": "bought", "turns": turn, **known}
         said = [*said, reply, session.page()]
-    return {"score": 0.0, "end": "nothing bought", "turns": TURNS, **known}
+    return {"score": 0.0, "ended": "nothing bought", "turns": TURNS, **known}
+
+
+# --------------------------------------------------------------------------------- command
+
+
+def add_flags(add: Callable) -> None:
+    add("--data", type=Path, default=OURS, help="folder of WebShop's files")
+    add("--samples", type=WHOLE, default=200, help="goals to play, the first ones")
+    add("--seed", type=SEED, default=0, help="of drawn prices and limits")
+
+
+def samples(args) -> list[Sample]:
+    """Visits to the shop at --data. What one finds there depends on all its products."""
+    visits = load(args.data, args.samples, args.seed)
+    stock = sha256()
+    for item in visits[0].shop.products.values():
+        stock.update(repr(item).encode())
+    kind = visits[0].id.partition("-")[0]
+    print(f"{len(visits)} {kind} goals in a shop of {len(visits[0].shop.products):,} products")
+    return [
+        Sample(visit.id, text_hash(f"{stock.hexdigest()} {visit.goal}"), partial(episode, visit))
+        for visit in visits
+    ]

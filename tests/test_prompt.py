@@ -333,6 +333,7 @@ def bash(*blocks: str) -> str:
         ("Act: answer(3)\n\nAct: wait", ("answer", "3")),
         ("Act: answer(220)\n\nThis is (I think) right.", ("answer", "220")),
         ("Act: answer (220)", ("answer", "220")),
+        ("Act: answer(3)\n\nAct: bash\n\nls", ("bash", "")),
     ],
 )
 def test_os_action_is_the_last_valid_act(text, action):

@@ -12,7 +12,7 @@ from make_shop import write_shop
 from benchmarks import items
 from benchmarks.shop_catalogue import draw_limit, read_catalogue, read_options, read_prices
 from benchmarks.shop_reward import Goal, Product
-from benchmarks.web_shopping import Session, Shop, Visit, episode, load
+from benchmarks.web_shopping import OURS, Session, Shop, Visit, episode, load
 from prompt import TASKS, parse_prompt, shopping_action
 
 PROMPT = parse_prompt((Path(__file__).parent.parent / "web_shopping.txt").read_text())
@@ -182,6 +182,12 @@ def test_who_buys_what_was_asked_for_gets_all(visits):
         assert result["bought"] == result["wanted"] == visit.goal.product.asin
 
 
+def test_our_own_shop_is_the_one_that_is_made(small):
+    """The committed files are those of make_shop.py."""
+    for file in OURS.iterdir():
+        assert file.read_bytes() == (small / file.name).read_bytes()
+
+
 def test_options_that_are_not_clicked_are_missed(visits):
     """Two attributes, two options, the price: without the options 3 of 5."""
     visit = next(v for v in visits if len(v.goal.options) == 2 and v.goal.limit)
@@ -193,9 +199,9 @@ def test_options_that_are_not_clicked_are_missed(visits):
 def test_nothing_bought_is_worth_nothing(visits):
     """A reply without an action ends at once; ten turns are all."""
     result, _ = play(visits[0], ["I would search for it."])
-    assert (result["score"], result["end"], result["turns"]) == (0, "no action", 1)
+    assert (result["score"], result["ended"], result["turns"]) == (0, "no action", 1)
     result, said = play(visits[0], ["Action:\nsearch[x]"] * 10)
-    assert (result["score"], result["end"], len(said)) == (0, "nothing bought", 19)
+    assert (result["score"], result["ended"], len(said)) == (0, "nothing bought", 19)
 
 
 def test_the_agents_form_is_that_of_the_task():
