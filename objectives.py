@@ -18,7 +18,7 @@ pg leave L_PG out. Where it is computed, it may write something else than in Eq.
     prompt-given-reason    - log P(p | x, yS_0, yT_0, r)      r stands in the question
 
 Sequence-level distillation takes the likeliest text for all that the teacher could say. Here that
-is the greedy yT, so that seqkd IS sft, to the bit; what tells the paper's rows of that name apart
+is the greedy yT, so that seqkd is sft, to the bit; what tells the paper's rows of that name apart
 is that all weights are trained. The teacher of kld is the base, of the same weights with the
 adapter off, so it costs a forward pass with p, and no memory for a second model.
 
