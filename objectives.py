@@ -248,7 +248,9 @@ def check_flags(objective: str, lam: float, said: dict) -> None:
         raise ValueError(f"{told}, not {objective}")
 
 
-def in_words(objective: str, lam: float, target: str, probability: float, full: bool) -> str:
+def in_words(
+    objective: str, lam: float, target: str, probability: float, full: bool = False
+) -> str:
     """What was descended, for the head of a report."""
     told = f"lam {lam:g}" if objective == "genpi" else f"objective {objective}"
     if objective == "prepend":
