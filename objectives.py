@@ -19,11 +19,11 @@ pg leave L_PG out. Where it is computed, it may write something else than in Eq.
 
 Sequence-level distillation takes the likeliest text for all that the teacher could say. Here that
 is the greedy yT, so that seqkd is sft, to the bit; what tells the paper's rows of that name apart
-is that all weights are trained. The teacher of kld is the base, of the same weights with the
-adapter off, so it costs a forward pass with p, and no memory for a second model.
+is that all weights are trained (--full). The teacher of kld is the base, of the same weights with
+the adapter off, so it costs a forward pass with p, and no memory for a second model.
 
-Left out: full fine-tuning; a temperature, KL in the other direction, other weights of the sum than
-1 and 1, texts that are sampled anew in each step.
+Left out: a temperature, KL in the other direction, other weights of the sum than 1 and 1, texts
+that are sampled anew in each step.
 
 Letters: N target tokens, D width, V vocabulary. Source: GenPI section 6; Kim & Rush (arXiv
 1606.07947) for seqkd and the sum, Snell et al. (2209.15189) for kld with a prompted teacher.
