@@ -248,7 +248,7 @@ def measure(
     training += runs.covering_records(run.folder)
     prompt = run.prompt
     voice = Voice(model, chat, run.slots)
-    trainable = sum(p.numel() for p in lora.adapter_parameters(model))
+    adapter = sum(p.numel() for p in lora.adapter_parameters(model))
     with torch.device("meta"):  # an NF4 weight counts as the numbers that it stands for
         base = sum(p.numel() for p in Llama(model.config).parameters())
     nll = nll_of_three(model, chat, run, held_out)
@@ -267,9 +267,8 @@ def measure(
     same = [same_action(run.task, *pair) for pair in zip(merged, unmerged, strict=True)]
     return {
         "model": run.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": run.lam,
-        "objective": run.objective,
-        "trained": objectives.in_words(run.objective, run.lam, run.pg_target, run.prepend_prob),
-        "trainable_params": trainable, "total_params": trainable + base,
+        "objective": run.objective, "trained": trained_how(run),
+        "trainable_params": base if run.full else adapter, "total_params": base + adapter,
         "samples": len(training), "held_out": len(held_out),
         "teacher_follows": follows(run.task, held_out),
         "nll": nll, "gap_closed": gap_closed(nll),
@@ -279,6 +278,12 @@ def measure(
         "synthesis": quality(records, run.task),
         "seconds": {**seconds, "evaluate": time.perf_counter() - clock},
     }  # fmt: skip
+
+
+def trained_how(run: Run) -> str:
+    """What was descended, and by which weights, in words."""
+    chosen = run.objective, run.lam, run.pg_target, run.prepend_prob
+    return objectives.in_words(*chosen, run.full)
 
 
 def markdown(report: dict, name: str) -> str:
