@@ -3,6 +3,8 @@
     python evaluate.py --run runs/os                             the report of a finished run
     python evaluate.py --run runs/os --against runs/os-sft       do two adapters differ?
     python evaluate.py --run runs/os --merge merged              the adapter, folded in
+    python evaluate.py tables                                    the paper's tables (experiments/)
+    python evaluate.py figures                                   its figures
 
 The first prints the report and writes report.json and report.md. Everything is measured on the
 held-out inputs, which training never saw. All but the costs is measured with one set of
@@ -28,8 +30,10 @@ Left out: a judge model; the measures are those that need nobody's opinion.
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from difflib import SequenceMatcher
 from functools import partial
+from importlib import import_module
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 
@@ -57,6 +61,7 @@ from train import micro_batches, open_model
 
 RECALLED = 4  # held-out records from which the prompt is asked back
 EXAMINED = 100  # training records that are looked through for what shows a rule
+WORDS = {"tables": "experiments.tables", "figures": "experiments.figures"}
 
 # ------------------------------------------------------------------------------------ measures
 
@@ -144,12 +149,17 @@ def agreement_by_turn(voice: Voice, task: Task, records: list[Record], limit: in
     return found
 
 
-def closed_loop(voice: Voice, run: Run, records: list[Record]) -> list[Record]:
-    """Let the adapter, without p, talk to the environment, which its base plays as in synthesis."""
+def closed_loop(
+    voice: Voice, run: Run, records: list[Record], opening: Callable = student_messages
+) -> list[Record]:
+    """Let the adapter talk to the environment, which its base plays as in synthesis.
+
+    opening: x -> what the adapter reads of it; by default without p.
+    """
     plan = Plan(run.prompt, run.task, len(records), run.max_new_tokens, 1, 0)
     played = [Record(record.index, record.pseudo_input) for record in records]
     base = partial(lora.adapter_off, voice.model)
-    role_play(voice, plan, played, student_messages, base)
+    role_play(voice, plan, played, opening, base)
     return played
 
 
@@ -443,8 +453,10 @@ def write_merged(folder: Path, target: Path, device: str | None, model: str | No
     print(f"{target}: {run.model} with the adapter of {folder} folded in")
 
 
-def command(argv: list[str] | None) -> None:
-    """Report on a run, compare two, or write one as a plain checkpoint."""
+def command(argv: list[str]) -> None:
+    """Report on a run, compare two, write one as a plain checkpoint, or do what a word says."""
+    if argv and argv[0] in WORDS:
+        return import_module(WORDS[argv[0]]).command(argv)
     parser = Flags(prog="evaluate.py", description="Report on a finished run.")
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder of genpi.py")
@@ -464,7 +476,7 @@ def command(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return runs.exit_code(command, argv)
+    return runs.exit_code(command, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
@@ -97,8 +97,11 @@ EMBEDDED_FULL = {"bits": 16, "batch": 16, "lr": 3e-4}
 # ---------------------------------------------------------------------------------------- the run
 
 
-def internalise(args) -> None:
-    """Synthesise, train, save and report; what is in the run folder is not done again."""
+def internalise(args, finish: Callable | None = None) -> None:
+    """Synthesise, train, save and report; what is in the run folder is not done again.
+
+    finish: what is done at the end in place of the report (experiments/cells.py).
+    """
     join_team(args.device)
     prompt = read_prompt(args)
     model, chat = load_model(base_folder(args), args.device, bits=args.bits)
@@ -114,7 +117,7 @@ def internalise(args) -> None:
                 save(args, model)
         leave_team()
         if first:
-            report(args.out, (model, chat), before=args.earlier)
+            (finish or report)(args.out, (model, chat), before=args.earlier)
 
 
 def read_prompt(args) -> Prompt:
