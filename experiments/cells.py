@@ -18,6 +18,9 @@ Right means, input by input:
     solved         a problem is solved on the imaginary machine of tiny/, which knows the answers;
                    of the embedded model with a prompt of the kind `os` alone
 
+The base of --full is not quantised (16 bits), that of the adapters is (NF4), as in the paper; all
+are held against the turns that the latter has recorded.
+
 Left out: real environments (benchmarks/).
 """
 
@@ -36,6 +39,7 @@ import genpi
 import lora
 import runs
 from chat import Chat
+from costs import processor
 from evaluate import closed_loop, held_out_records, same_conversation
 from files import read_json, write_json
 from full import OF_AN_ADAPTER
@@ -137,7 +141,7 @@ def outcomes(cell: Cell) -> dict | None:
     path = cell.args.out / "outcomes.json"
     if not path.exists():
         return None
-    kinds = {"asked": dict, "ways": dict, "seconds": dict}
+    kinds = {"asked": dict, "ways": dict, "seconds": dict, "machine": str}
     found = read_json(path, "delete it, and the same command makes it again", kinds)
     if changed := runs.told_apart(cell.asked, cell.asked, found["asked"]):
         told = f"{cell.args.out} is of other tables: {', '.join(changed)}"
@@ -168,7 +172,8 @@ def judge(cell: Cell, folder: Path, loaded: tuple[Llama, Chat], **_) -> None:
     seconds["judge"] = time.perf_counter() - clock
     if cell.args.records:
         seconds["synth"] = 0.0  # they were made in another cell
-    write_json(folder / "outcomes.json", {"asked": cell.asked, "ways": found, "seconds": seconds})
+    told = {"asked": cell.asked, "ways": found, "seconds": seconds, "machine": processor()}
+    write_json(folder / "outcomes.json", told)
 
 
 def agree(voice: Voice, run: Run, records: list[Record], with_prompt: bool) -> list[bool]:

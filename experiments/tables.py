@@ -19,7 +19,6 @@ import sys
 import time
 from pathlib import Path
 
-import costs
 import genpi
 import runs
 from experiments.cells import (
@@ -138,7 +137,8 @@ def write_page(out: Path, found: list[dict], args) -> str:
     seconds = {name: [cells[name]["seconds"] for cells in found] for name in CELLS}
     setting = {name: getattr(args, name) for name in ("model", "samples", "held_out", "epochs")}
     setting |= {"prompt": args.prompt.name, "seeds": len(found)}
-    setting |= {"flags": found[0][GENPI.cell]["asked"]["flags"], "machine": costs.processor()}
+    machines = {cell["machine"] for cells in found for cell in cells.values()}
+    setting |= {"flags": found[0][GENPI.cell]["asked"]["flags"], "machines": sorted(machines)}
     whole = {"setting": setting, "tables": tables, "synthesis": synthesis(out, len(found))}
     whole |= {"noise": noise(), "seconds": seconds}
     parts = [heading(setting, seconds)]
@@ -154,11 +154,12 @@ def write_page(out: Path, found: list[dict], args) -> str:
 def heading(setting: dict, seconds: dict[str, list[dict]]) -> str:
     """What was run on which machine, in how long."""
     total = sum(sum(row.values()) for seeds in seconds.values() for row in seeds)
+    told = " and ".join(setting["machines"])
     flags = f"; flags: {' '.join(setting['flags'])}" if setting["flags"] else ""
     return f"""# The paper's tables: {setting["prompt"]} on {setting["model"]}
 
 {setting["seeds"]} seeds of {setting["samples"]} samples, {setting["epochs"]} epochs, \
-{setting["held_out"]} held-out inputs; {duration(total)} in all on {setting["machine"]}{flags}"""
+{setting["held_out"]} held-out inputs; {duration(total)} in all on {told}{flags}"""
 
 
 def noise_markdown(rows: list[dict]) -> str:

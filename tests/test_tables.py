@@ -74,6 +74,11 @@ def test_mistakes_are_one_line(flags, words, capsys, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_an_unknown_word_is_told_the_known_ones(capsys):
+    assert evaluate.main(["tabels", "--seeds", "1"]) == 2
+    assert "tabels is none of tables, figures" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------- the judge
 
 
@@ -188,7 +193,6 @@ def command(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("Answer in one word.\n")
     inputs = ["Count to 3.", "Name a tree.", "Spell cat.", "Say no."]
     monkeypatch.setattr(synth, "more_inputs", lambda *_: list(inputs))
-    monkeypatch.setattr(cells, "foreseen", lambda first, some: [1.0] * len(some))
     monkeypatch.setattr(tables, "foreseen", lambda first, some: [1.0] * len(some))
 
     def call(*flags):
@@ -222,7 +226,7 @@ def test_all_cells_by_one_command_that_resumes(command, tmp_path, monkeypatch, c
         "### The grid of lambda", "### The paper's own differences, by Fisher's exact test",
         "### What was run",
     ]  # fmt: skip
-    assert "ours, 4 records" in page and "all actions" not in page
+    assert "ours, 4 records" in page
     found = json.loads((tmp_path / "out/tables.json").read_text())
     assert found["setting"]["held_out"] == 1 and found["synthesis"]["records"] == 4
     row = found["tables"]["Table 5: what the prompt is worth"][0]
