@@ -457,7 +457,7 @@ def command(argv: list[str]) -> None:
     """Report on a run, compare two, write one as a plain checkpoint, or do what a word says."""
     if argv and not argv[0].startswith("-"):
         if argv[0] not in WORDS:
-            raise ValueError(f"{argv[0]} is none of {', '.join(WORDS)}; give one of these, or --run")
+            raise ValueError(f"{argv[0]} is none of {', '.join(WORDS)}; give one of them, or --run")
         return import_module(WORDS[argv[0]]).command(argv)
     parser = Flags(prog="evaluate.py", description="Report on a finished run.")
     add = parser.add_argument

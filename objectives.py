@@ -17,6 +17,9 @@ pg leave L_PG out. Where it is computed, it may write something else than in Eq.
     reason-given-prompt    - log P(r | p, x, yS_0, yT_0)      p stands in the question
     prompt-given-reason    - log P(p | x, yS_0, yT_0, r)      r stands in the question
 
+Trained with p always prepended, and asked with p too, a model is the one that the paper calls
+fine-tuned with the prompt (Table 5; evaluate.py tables).
+
 Sequence-level distillation takes the likeliest text for all that the teacher could say. Here that
 is the greedy yT, so that seqkd is sft, to the bit; what tells the paper's rows of that name apart
 is that all weights are trained (--full). The teacher of kld is the base, of the same weights with

@@ -8,7 +8,8 @@
 
 of a conversation of five turns behind a prompt of 1,285 tokens, as the paper's web shopping. Each
 is told with p read in the conversation or held in a cache; and with the keys and values of earlier
-turns kept, or read again in every turn. The adapter is merged: it costs what no prompt costs.
+turns kept, or read again in every turn. The adapter is merged: it costs what no prompt costs. A
+conversation may be longer than the context of --model: its words are drawn, and time is time.
 
 The lengths of the paper's turns are not known to us. Ours are near those with which its 39 % come
 out if p is read; the page tells which these are.
@@ -86,15 +87,17 @@ def time_talk(model: Llama, talk: Talk) -> list[float]:
     return seconds
 
 
-def latencies(model: Llama, talk: Talk, rounds: int) -> dict[tuple, list[float]]:
-    """way -> median seconds of each turn over rounds in which all ways take turns."""
+def latencies(model: Llama, talk: Talk, rounds: int) -> list[dict[tuple, list[float]]]:
+    """way -> seconds of each turn, of rounds in which all ways take turns."""
     ways = talks(talk)
     found = [{key: time_talk(model, way) for key, way in ways.items()} for _ in range(rounds + 1)]
-    found = found[1:]  # the first round warms up
-    return {
-        key: [statistics.median(turn) for turn in zip(*(row[key] for row in found), strict=True)]
-        for key in ways
-    }
+    return found[1:]  # the first round warms up
+
+
+def medians(rounds: list[dict]) -> dict[tuple, list[float]]:
+    """way -> the median of each turn over the rounds."""
+    each = {key: zip(*(rows[key] for rows in rounds), strict=True) for key in rounds[0]}
+    return {key: [statistics.median(turn) for turn in turns] for key, turns in each.items()}
 
 
 # ------------------------------------------------------------------------------------------- page
@@ -109,17 +112,26 @@ def scaled(rows: dict, unit: str) -> tuple[float, str]:
                 if largest >= 10**e)  # fmt: skip
 
 
-def table(name: str, rows: dict, unit: str) -> str:
+def table(name: str, rounds: list[dict], unit: str) -> str:
     """A row a way: each turn, all turns, and the share of it that the adapter saves."""
+    rows = medians(rounds)
     by, unit = scaled(rows, unit)
-    turns = len(next(iter(rows.values())))
+    turns = len(rows["adapter", False, True])
     head = [f"{name}, {unit}", *(f"turn {turn + 1}" for turn in range(turns)), "all"]
     lines = [f"| {' | '.join([*head, 'the adapter saves'])} |", "|---" * (turns + 3) + "|"]
     for key, row in rows.items():
         cells = [way_name(*key), *(f"{x / by:.3g}" for x in row), f"{sum(row) / by:.3g}"]
-        cells.append("" if key[0] == "adapter" else f"{100 * saved(rows, *key):.1f} %")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([*cells, in_percent(rounds, key)])} |")
     return "\n".join(lines)
+
+
+def in_percent(rounds: list[dict], key: tuple) -> str:
+    """What the adapter saves of a way; of several rounds their median, smallest and largest."""
+    if key[0] == "adapter":
+        return ""
+    each = [100 * saved(rows, *key) for rows in rounds]
+    spread = f" ({min(each):.1f} to {max(each):.1f})" if len(each) > 1 else ""
+    return f"{statistics.median(each):.1f} %{spread}"
 
 
 def way_name(who: str, cached: bool, history: bool) -> str:
@@ -154,8 +166,9 @@ such pass, and what is left is to attend to its {talk.prompt:,} tokens, {100 * s
 of what a token costs: the adapter saves {held:.1f} %."""
 
 
-def lines(name: str, rows: dict, unit: str, history: bool) -> str:
+def lines(name: str, rounds: list[dict], unit: str, history: bool) -> str:
     """A panel: cost by turn, dashed where p is cached."""
+    rows = medians(rounds)
     by, unit = scaled(rows, unit)
     rows = {key: row for key, row in rows.items() if key[2] == history}
     top = max(max(row) for row in rows.values())
@@ -192,28 +205,32 @@ def command(argv: list[str]) -> None:
     folder = find_folder(args.model)
     name = "embedded" if folder.resolve() == HERE / "tiny" else folder.name
     shapes = {name: read_shape(folder)[0], **SHAPES}
-    plots = [(each, counts(config, talk), "MACs") for each, config in shapes.items()]
+    plots = [(each, [counts(config, talk)], "MACs") for each, config in shapes.items()]
     if args.rounds:
         model, _ = load_model(folder, args.device)
         plots.append((f"{name}, measured", latencies(model, talk, args.rounds), "s"))
     print(write(args.out, talk, plots, args.rounds))
 
 
-def write(out: Path, talk: Talk, plots: list[tuple[str, dict, str]], rounds: int) -> str:
-    """Write the three files -> the page. plots: name, way -> cost of each turn, unit."""
+def write(out: Path, talk: Talk, plots: list[tuple[str, list, str]], rounds: int) -> str:
+    """Write the three files -> the page. plots: name, rounds of way -> cost of each turn, unit."""
     out.mkdir(parents=True, exist_ok=True)
     head = f"""# What {talk.turns} turns cost
 
 A prompt of {talk.prompt:,} tokens; {talk.read} tokens are read and {talk.written} written a turn; \
 a MAC is two FLOPs"""
     if rounds:
-        head += f"; times are medians of {rounds} rounds on {costs.processor()}"
+        told = f"{rounds} rounds on {costs.processor()}"
+        head += f"; times are medians of {told}, what is saved with its extremes"
     parts = [head, *(table(*plot) for plot in plots), reading(SHAPES["Llama 3 8B"], talk)]
     told = "\n\n".join(parts)
     write_text(out / "figures.md", told + "\n")
     values = {
-        name: {"unit": unit, "turns": {way_name(*key): row for key, row in rows.items()}}
-        for name, rows, unit in plots
+        name: {
+            "unit": unit,
+            "rounds": [{way_name(*key): rows[key] for key in rows} for rows in each],
+        }
+        for name, each, unit in plots
     }
     write_json(out / "figures.json", {"talk": vars(talk), "rounds": rounds, "costs": values})
     panels = [lines(*plot, history) for history in HISTORIES for plot in plots]

@@ -10,7 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 import lora
-from experiments.figures import SHAPES, counts, fitting, reading, saved, talks, time_talk, way_name
+from experiments.figures import (
+    SHAPES,
+    counts,
+    fitting,
+    in_percent,
+    medians,
+    reading,
+    saved,
+    talks,
+    time_talk,
+    way_name,
+)  # fmt: skip
 from experiments.macs import Talk, pass_macs, talk_macs, turn_macs
 from model import Config, KVCache, Llama, prefill
 
@@ -105,17 +116,29 @@ def test_39_percent_are_the_pass_of_the_prompt():
     assert "tokens read a turn" not in reading(config, Talk(3, 370, 60))  # 39 % of nothing
 
 
+def test_rounds_are_told_by_their_median_and_extremes():
+    """The adapter takes 1 s, p 2, 4 and 10 s: it saves 50, 75 and 90 %."""
+    rounds = [
+        {("adapter", False, True): [1.0], ("full", False, True): [x]} for x in (2.0, 10.0, 4.0)
+    ]
+    assert medians(rounds)["full", False, True] == [4.0]
+    assert in_percent(rounds, ("full", False, True)) == "75.0 % (50.0 to 90.0)"
+    assert in_percent(rounds[:1], ("full", False, True)) == "50.0 %"
+    assert in_percent(rounds, ("adapter", False, True)) == ""
+
+
 def test_the_command_writes_tables_and_a_picture(checkpoint, tmp_path, capsys):
     """Three counts and a measurement, ten ways each; the SVG has two rows of panels."""
     flags = f"figures --model {checkpoint} --out {tmp_path}/new --prompt-tokens 30 --read 4"
-    assert evaluate.main([*flags.split(), *"--written 2 --turns 3 --rounds 1".split()]) == 0
+    assert evaluate.main([*flags.split(), *"--written 2 --turns 3 --rounds 2".split()]) == 0
     page = capsys.readouterr().out
     assert page == (tmp_path / "new/figures.md").read_text()
     assert page.count("| full prompt cached, history read again |") == 4
     found = json.loads((tmp_path / "new/figures.json").read_text())["costs"]
     assert list(found) == ["random", "Llama 3.2 1B", "Llama 3 8B", "random, measured"]
-    assert {len(each["turns"]) for each in found.values()} == {10}
-    measured = found["random, measured"]["turns"].values()
+    assert {len(rows) for each in found.values() for rows in each["rounds"]} == {10}
+    assert [len(each["rounds"]) for each in found.values()] == [1, 1, 1, 2]
+    measured = found["random, measured"]["rounds"][1].values()
     assert all(len(turns) == 3 and min(turns) > 0 for turns in measured)
     picture = xml.parse(tmp_path / "new/figures.svg").getroot()
     places = [g.get("transform") for g in picture.iter("{http://www.w3.org/2000/svg}g")]
