@@ -76,8 +76,9 @@ def told_row(row: Row, found: list[dict]) -> dict:
 def markdown(title: str, rows: list[dict]) -> str:
     """A table of the paper as Markdown."""
     measures = list(next(row["ours"] for row in rows if row["cell"]))
-    names = [f"ours, {measure.replace('_', ' ')}" for measure in measures]
-    head = ["", "paper: OS, browsing, shopping", *names, "less GenPI, in points"]
+    names = [measure.replace("_", " ") for measure in measures]
+    head = ["", "paper: OS, browsing, shopping", *(f"ours, {name}" for name in names)]
+    head.append(f"{names[-1]}: minus GenPI, in points")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         published = ", ".join(f"{x:g}" for x in row["published"] or ()) or "not known to us"
@@ -158,7 +159,7 @@ def heading(setting: dict, seconds: dict[str, list[dict]]) -> str:
     flags = f"; flags: {' '.join(setting['flags'])}" if setting["flags"] else ""
     return f"""# The paper's tables: {setting["prompt"]} on {setting["model"]}
 
-{setting["seeds"]} seeds of {setting["samples"]} samples, {setting["epochs"]} epochs, \
+Seeds: {setting["seeds"]}, each with {setting["samples"]} samples, {setting["epochs"]} epochs, \
 {setting["held_out"]} held-out inputs; {duration(total)} in all on {told}{flags}"""
 
 
