@@ -13,8 +13,10 @@ time, in a plain loop.
 
 import math
 import os
+import platform
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -31,24 +33,31 @@ USERS = 32  # requests in flight whose memory is told
 RIVALS = ("full_prompt", "cached_prompt")
 
 
-@torch.no_grad()
 def time_request(
     model: Llama, ids: list[int], prefix: KVCache | None = None
 ) -> tuple[float, float]:
     """Seconds to the first token, and seconds a later token, of one greedy request."""
+    return time_turn(model, KVCache(model, 1, len(ids) + DECODED, prefix), ids, DECODED)
+
+
+@torch.no_grad()
+def time_turn(model: Llama, cache: KVCache, ids: list[int], n: int) -> tuple[float, float]:
+    """The same of ids that are read behind what the cache holds, and n tokens that are written.
+
+    The cache then holds them all.
+    """
     device = model.lm_head.weight.device
     own = torch.tensor([ids], device=device)
     last = torch.zeros_like(own, dtype=torch.bool)
     last[0, -1] = True
-    cache = KVCache(model, 1, len(ids) + DECODED, prefix)
     start = now(device)
     token = model(own, cache, at=last).argmax(-1)
     cache.advance(len(ids))
     first = now(device)
-    for _ in range(DECODED):
+    for _ in range(n):
         token = model(token.view(1, 1), cache)[0].argmax(-1)
         cache.advance(1)
-    return first - start, (now(device) - first) / DECODED
+    return first - start, (now(device) - first) / n
 
 
 def now(device: torch.device) -> float:
@@ -56,6 +65,16 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def processor() -> str:
+    """On what is timed: what this machine calls its processor, threads, version of PyTorch."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # no Linux, or one that names none
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def break_even(

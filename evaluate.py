@@ -4,6 +4,8 @@
     python evaluate.py --run runs/os --against runs/os-sft       do two adapters differ?
     python evaluate.py --run runs/os --merge merged              the adapter, folded in
     python evaluate.py os --run runs/os                          a benchmark (benchmarks/driver.py)
+    python evaluate.py tables                                    the paper's tables (experiments/)
+    python evaluate.py figures                                   its figures
 
 The first prints the report and writes report.json and report.md. All is measured on the held-out
 inputs, which training never saw, and all but the costs with one set of weights: the adapter is
@@ -29,6 +31,7 @@ Left out: a judge model; the measures are those that need nobody's opinion.
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from difflib import SequenceMatcher
 from functools import partial
 from importlib import import_module
@@ -59,6 +62,11 @@ from train import micro_batches, open_model
 
 RECALLED = 4  # held-out records from which the prompt is asked back
 EXAMINED = 100  # training records that are looked through for what shows a rule
+WORDS = {  # first words of the command, and who knows what to do
+    **dict.fromkeys(("os", "web_browsing", "web_shopping"), "benchmarks.driver"),
+    "tables": "experiments.tables",
+    "figures": "experiments.figures",
+}
 
 # ------------------------------------------------------------------------------------ measures
 
@@ -144,12 +152,17 @@ def agreement_by_turn(voice: Voice, task: Task, records: list[Record], limit: in
     return found
 
 
-def closed_loop(voice: Voice, run: Run, records: list[Record]) -> list[Record]:
-    """Let the adapter, without p, talk to the environment, which its base plays as in synthesis."""
+def closed_loop(
+    voice: Voice, run: Run, records: list[Record], opening: Callable = student_messages
+) -> list[Record]:
+    """Let the adapter talk to the environment, which its base plays as in synthesis.
+
+    opening: x -> what the adapter reads of it; by default without p.
+    """
     plan = Plan(run.prompt, run.task, len(records), run.max_new_tokens, 1, 0)
     played = [Record(record.index, record.pseudo_input) for record in records]
     base = partial(lora.adapter_off, voice.model)
-    role_play(voice, plan, played, student_messages, base)
+    role_play(voice, plan, played, opening, base)
     return played
 
 
@@ -248,7 +261,7 @@ def measure(
     training += runs.covering_records(run.folder)
     prompt = run.prompt
     voice = Voice(model, chat, run.slots)
-    trainable = sum(p.numel() for p in lora.adapter_parameters(model))
+    adapter = sum(p.numel() for p in lora.adapter_parameters(model))
     with torch.device("meta"):  # an NF4 weight counts as the numbers that it stands for
         base = sum(p.numel() for p in Llama(model.config).parameters())
     nll = nll_of_three(model, chat, run, held_out)
@@ -267,9 +280,8 @@ def measure(
     same = [same_action(run.task, *pair) for pair in zip(merged, unmerged, strict=True)]
     return {
         "model": run.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": run.lam,
-        "objective": run.objective,
-        "trained": objectives.in_words(run.objective, run.lam, run.pg_target, run.prepend_prob),
-        "trainable_params": trainable, "total_params": trainable + base,
+        "objective": run.objective, "trained": trained_how(run),
+        "trainable_params": base if run.full else adapter, "total_params": base + adapter,
         "samples": len(training), "held_out": len(held_out),
         "teacher_follows": follows(run.task, held_out),
         "nll": nll, "gap_closed": gap_closed(nll),
@@ -279,6 +291,12 @@ def measure(
         "synthesis": quality(records, run.task),
         "seconds": {**seconds, "evaluate": time.perf_counter() - clock},
     }  # fmt: skip
+
+
+def trained_how(run: Run) -> str:
+    """What was descended, and by which weights, in words."""
+    chosen = run.objective, run.lam, run.pg_target, run.prepend_prob
+    return objectives.in_words(*chosen, run.full)
 
 
 def markdown(report: dict, name: str) -> str:
@@ -439,9 +457,11 @@ def write_merged(folder: Path, target: Path, device: str | None, model: str | No
 
 
 def command(argv: list[str]) -> None:
-    """Report on a run, compare two, write one as a plain checkpoint, or play a benchmark."""
+    """Report on a run, compare two, write one as a plain checkpoint, or do what a word says."""
     if argv and not argv[0].startswith("-"):
-        return import_module("benchmarks.driver").command(argv)
+        if argv[0] not in WORDS:
+            raise ValueError(f"{argv[0]} is none of {', '.join(WORDS)}; give one of them, or --run")
+        return import_module(WORDS[argv[0]]).command(argv)
     parser = Flags(prog="evaluate.py", description="Report on a finished run.")
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder of genpi.py")

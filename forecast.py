@@ -98,7 +98,7 @@ def training_rate(model: Llama, sft: list[Sequence], pg: list[Sequence], recipe:
     sft, pg = (list(islice(cycle(each), rows)) for each in (sft, pg))
     if recipe.objective == "prepend":
         sft = prepend(sft, recipe.prepend_prob, recipe.seed, 0)
-    still = torch.optim.SGD(lora.adapter_parameters(model), lr=0.0)
+    still = torch.optim.AdamW(lora.trainable(model), lr=0.0)
     model.train()
     for _ in range(2):  # the first warms up
         start = time.perf_counter()

@@ -45,7 +45,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
@@ -55,6 +55,7 @@ import safetensors
 import torch
 
 import forecast
+import full
 import lora
 import runs
 from chat import Chat
@@ -90,29 +91,33 @@ EMBEDDED = {
     "samples": 192, "held_out": 50, "epochs": 4, "batch": 8, "lr": 3e-3, "pg_share": 1 / 8,
     "max_new_tokens": 128, "max_reason_tokens": 400,
 }  # fmt: skip
+FULL = {"bits": 16, "batch": 64, "lr": 1e-5}  # the paper's: twice the batch, a tenth of the rate
+EMBEDDED_FULL = {"bits": 16, "batch": 16, "lr": 3e-4}
 
 # ---------------------------------------------------------------------------------------- the run
 
 
-def internalise(args) -> None:
-    """Synthesise, train, save and report; what is in the run folder is not done again."""
+def internalise(args, finish: Callable | None = None) -> None:
+    """Synthesise, train, save and report; what is in the run folder is not done again.
+
+    finish: what is done at the end in place of the report (experiments/cells.py).
+    """
     join_team(args.device)
     prompt = read_prompt(args)
     model, chat = load_model(base_folder(args), args.device, bits=args.bits)
     fit_turn(args, chat, prompt)
-    lora.check_rank(model, args.rank)
+    check_rank(args, model)
     first = team()[0] == 0
     with made_records(args, prompt, model, chat) if first else nullcontext():
         wait_for_team()
-        if not (args.out / lora.CONFIG).exists():  # the last file that save_adapter writes
+        last = full.CONFIG if args.full else lora.CONFIG  # the last file that save writes
+        if not (args.out / last).exists():
             train_adapter(args, prompt, model, chat)
             if first:
-                embedded = args.model_path == "tiny"
-                base = str(base_folder(args)) if embedded else args.model
-                lora.save_adapter(model, args.out, base_model=base)
+                save(args, model)
         leave_team()
         if first:
-            report(args.out, (model, chat), before=args.earlier)
+            (finish or report)(args.out, (model, chat), before=args.earlier)
 
 
 def read_prompt(args) -> Prompt:
@@ -248,13 +253,32 @@ def train_adapter(args, prompt: Prompt, model: Llama, chat: Chat) -> None:
     train(model, sft, pg, open_recipe(args), args.out)
 
 
+def save(args, model: Llama) -> None:
+    """Write the adapter into the run folder, or with --full the whole model."""
+    base = base_folder(args)
+    if args.full:
+        lora.merge(model, args.out, base)
+    else:
+        embedded = args.model_path == "tiny"
+        lora.save_adapter(model, args.out, base_model=str(base) if embedded else args.model)
+
+
 def add_adapter(args, model: Llama) -> None:
-    """Put a fresh adapter on the model, or the one that --from goes on with."""
+    """Put a fresh adapter on the model, or the one that --from goes on with; or free all weights
+    with --full.
+    """
+    model.checkpointing = args.checkpointing
+    if args.full:
+        return full.free_weights(model)
     torch.manual_seed(args.seed)  # A of every LoRA layer
     lora.add_lora(model, args.rank, args.alpha, args.dropout)
     if args.earlier:
         lora.load_adapter(model, args.earlier)
-    model.checkpointing = args.checkpointing
+
+
+def check_rank(args, model: Llama) -> None:
+    if not args.full:
+        lora.check_rank(model, args.rank)
 
 
 def open_recipe(args) -> Recipe:
@@ -315,7 +339,7 @@ def dry_run(args) -> None:
     prompt = read_prompt(args)
     model, chat = load_model(base_folder(args), args.device, bits=args.bits)
     fit_turn(args, chat, prompt)
-    lora.check_rank(model, args.rank)
+    check_rank(args, model)
     with two_records(args, prompt, model, chat) as folder:
         records = runs.read_records(folder / "data.jsonl")
     whole = [r for r in records if not (r.overlong or r.no_reason)]
@@ -403,6 +427,8 @@ def training_flags(parser: Flags) -> None:
     add("--warmup", type=SHARE, default=Recipe.warmup, help="share of steps with a rising rate")
     add("--weight-decay", type=SHARE, default=Recipe.weight_decay, help="of AdamW")
     add("--clip", type=number(float, 1e-12, 1e12), default=Recipe.clip, help="of the gradient norm")
+    add("--full", action="store_true", help="train all weights, no adapter; by default with "
+        "--bits 16, twice the batch and a tenth of the rate")
     add("--rank", type=WHOLE, default=16, help="rank of the adapter")
     add("--alpha", type=number(float, 1e-12, 1e12), default=32.0, help="scale is alpha / rank")
     add("--dropout", type=number(float, 0, 0.99), default=0.05, help="on the adapter's input")
@@ -422,9 +448,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     opened = args.chat or isinstance(args.show, Path)  # that run knows its model and device
     if args.model is None and not opened:
         parser.set_defaults(model="tiny", model_path="tiny", **EMBEDDED)
+    if args.full:
+        parser.set_defaults(**(EMBEDDED_FULL if args.model is None else FULL))
     parser.set_defaults(lam=LAMS.get(args.objective, Recipe.lam))
     args = parser.parse_args(argv)
     check_flags(args.objective, args.lam, parser.said(argv))
+    if args.full:
+        full.check_flags(args.bits, parser.said(argv))
     args.task = args.task or (args.prompt.stem if args.prompt.stem in TASKS else "any")
     args.environment = args.environment or TASKS[args.task].environment
     args.max_turns = args.max_turns or TASKS[args.task].max_turns

@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from files import read_json, replacing, write_json
+from full import base_back
 from quant import NF4Linear, dequantize_nf4
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -127,7 +128,8 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.enabled = False
     try:
-        yield
+        with base_back(model):
+            yield
     finally:
         for layer in layers:
             layer.enabled = True
@@ -141,6 +143,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """List A and B of every LoRA layer: all that is trained."""
     return list(_adapter(model).values())
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """List what is trained: A and B of every LoRA layer, or with --full all weights."""
+    return adapter_parameters(model) or list(model.parameters())
 
 
 def _adapter(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -282,8 +289,10 @@ def load_adapter(model: nn.Module, folder: str | Path, base_model: str | None = 
 def adapter_of(model: nn.Module, folder: str | Path) -> Iterator[None]:
     """Give the model another adapter inside a `with` block; afterwards it has its own again.
 
-    Raises: ValueError as load_adapter does.
+    Raises: ValueError as load_adapter does, and if the model has none.
     """
+    if not lora_layers(model):
+        raise ValueError(f"no place for the adapter of {folder}: the model has none of its own")
     own = {key: parameter.detach().clone() for key, parameter in _adapter(model).items()}
     load_adapter(model, folder)
     try:

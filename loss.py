@@ -173,13 +173,14 @@ def sequence_nll(model: Llama, ids: Tensor, labels: Tensor) -> Tensor:
 
 
 class SlicedNLL(torch.autograd.Function):
-    """Nats of targets (N,) under the logits x W^T of x (N, D) and a frozen lm_head W (V, D).
+    """Nats of targets (N,) under the logits x W^T of x (N, D) and lm_head W (V, D).
 
     Same as the cross-entropy in token_nll, without the logits: a slice knows its gradient
 
         d nll / d logits = softmax - one-hot,       d nll / d x = (softmax - one-hot) W
 
-    as soon as its loss, so the forward pass keeps this (N, D) and nothing of the size of V. The
+    as soon as its loss, so the forward pass keeps this (N, D) and nothing of the size of N V (with
+    --full, where W is not frozen, d nll / d W = (softmax - one-hot)^T x as well). The
     difference is taken in float32: near the end of training both are nearly 1. In float16 most of
     a softmax would be 0, so there the gradient is kept BOOST times as large.
     """
@@ -188,6 +189,7 @@ class SlicedNLL(torch.autograd.Function):
     def forward(ctx, x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
         nats = torch.zeros((), device=x.device)
         gradient = []
+        ctx.dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
         boost = ctx.boost = BOOST.get(x.dtype, 1)
         rows = max(1, SLICE[x.device.type] // len(W))
         for part, target in zip(x.split(rows), targets.split(rows), strict=True):
@@ -200,9 +202,12 @@ class SlicedNLL(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 exp.div_(mass / boost)[torch.arange(len(exp), device=x.device), target] -= boost
                 gradient.append(exp.to(x.dtype) @ W)
+                if ctx.dW is not None:
+                    ctx.dW.addmm_(exp.to(x.dtype).T, part)
         ctx.gradient = torch.cat(gradient) if gradient else None
         return nats
 
     @staticmethod
     def backward(ctx, dnats: Tensor):
-        return ctx.gradient * (dnats / ctx.boost), None, None
+        scale = dnats / ctx.boost
+        return ctx.gradient * scale, None if ctx.dW is None else ctx.dW * scale, None

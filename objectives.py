@@ -17,13 +17,16 @@ pg leave L_PG out. Where it is computed, it may write something else than in Eq.
     reason-given-prompt    - log P(r | p, x, yS_0, yT_0)      p stands in the question
     prompt-given-reason    - log P(p | x, yS_0, yT_0, r)      r stands in the question
 
-Sequence-level distillation takes the likeliest text for all that the teacher could say. Here that
-is the greedy yT, so that seqkd IS sft, to the bit; what tells the paper's rows of that name apart
-is that all weights are trained. The teacher of kld is the base, of the same weights with the
-adapter off, so it costs a forward pass with p, and no memory for a second model.
+Trained with p always prepended, and asked with p too, a model is the one that the paper calls
+fine-tuned with the prompt (Table 5; evaluate.py tables).
 
-Left out: full fine-tuning; a temperature, KL in the other direction, other weights of the sum than
-1 and 1, texts that are sampled anew in each step.
+Sequence-level distillation takes the likeliest text for all that the teacher could say. Here that
+is the greedy yT, so that seqkd is sft, to the bit; what tells the paper's rows of that name apart
+is that all weights are trained (--full). The teacher of kld is the base, of the same weights with
+the adapter off, so it costs a forward pass with p, and no memory for a second model.
+
+Left out: a temperature, KL in the other direction, other weights of the sum than 1 and 1, texts
+that are sampled anew in each step.
 
 Letters: N target tokens, D width, V vocabulary. Source: GenPI section 6; Kim & Rush (arXiv
 1606.07947) for seqkd and the sum, Snell et al. (2209.15189) for kld with a prompted teacher.
@@ -171,6 +174,7 @@ class SlicedKL(torch.autograd.Function):
     def forward(ctx, x: Tensor, W: Tensor, taught: Tensor, U: Tensor) -> Tensor:
         nats = torch.zeros((), device=x.device)
         gradient = []
+        ctx.dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
         boost = ctx.boost = BOOST.get(x.dtype, 1)
         rows = max(1, loss.SLICE[x.device.type] // (3 * len(W)))
         for part, seen in zip(x.split(rows), taught.split(rows), strict=True):
@@ -179,14 +183,17 @@ class SlicedKL(torch.autograd.Function):
             p = log_p.exp()
             nats += log_p.sub_(log_q).mul_(p).sum()
             if ctx.needs_input_grad[0]:
-                error = log_q.exp_().sub_(p).mul_(boost)
-                gradient.append(error.to(x.dtype) @ W)
+                error = log_q.exp_().sub_(p).mul_(boost).to(x.dtype)
+                gradient.append(error @ W)
+                if ctx.dW is not None:
+                    ctx.dW.addmm_(error.T, part)
         ctx.gradient = torch.cat(gradient) if gradient else None
         return nats
 
     @staticmethod
     def backward(ctx, dnats: Tensor):
-        return ctx.gradient * (dnats / ctx.boost), None, None, None
+        scale = dnats / ctx.boost
+        return ctx.gradient * scale, None if ctx.dW is None else ctx.dW * scale, None, None
 
 
 def at_targets(model: Llama, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
@@ -244,11 +251,13 @@ def check_flags(objective: str, lam: float, said: dict) -> None:
         raise ValueError(f"{told}, not {objective}")
 
 
-def in_words(objective: str, lam: float, target: str, probability: float) -> str:
+def in_words(
+    objective: str, lam: float, target: str, probability: float, full: bool = False
+) -> str:
     """What was descended, for the head of a report."""
     told = f"lam {lam:g}" if objective == "genpi" else f"objective {objective}"
     if objective == "prepend":
         told += f" (probability {probability:g})"
     if lam < 1 and target in WRITES:
         told += f", L_PG writes {target}"
-    return told
+    return f"{told}, all weights" if full else told

@@ -10,14 +10,23 @@ WIDTH = 220  # of a plot, in pixels
 HEIGHT = 140
 GREY = "#57606a"
 COLOUR = {"base": "#8c959f", "adapter": "#bc4c00", "sft": "#bc4c00", "pg": "#0969da"}
+COLOUR |= {"full": "#0969da", "half": "#8250df"}  # of p (experiments/figures.py)
 
 
 def draw(report: dict, metrics: list[dict], name: str) -> str:
     """Draw the panels for which there is data -> an SVG file. metrics: rows of metrics.jsonl."""
     lines = losses(metrics, report.get("objective", "genpi"))
-    panels = [p for p in (lines, agreement(report), exam(report), recall(report)) if p]
-    groups = [f'<g transform="translate({60 + 330 * i},90)">{p}</g>' for i, p in enumerate(panels)]
-    size = f'width="{330 * max(1, len(panels)) + 10}" height="270" font-size="11"'
+    return page([p for p in (lines, agreement(report), exam(report), recall(report)) if p], name)
+
+
+def page(panels: list[str], name: str, rows: int = 1) -> str:
+    """The panels in so many rows beneath a name -> an SVG file."""
+    a_row = max(1, len(panels) // rows)
+    groups = [
+        f'<g transform="translate({60 + 330 * (i % a_row)},{90 + 240 * (i // a_row)})">{p}</g>'
+        for i, p in enumerate(panels)
+    ]
+    size = f'width="{330 * a_row + 10}" height="{30 + 240 * rows}" font-size="11"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
     paper = '<rect width="100%" height="100%" fill="white"/>'  # on a dark page, too
     return "\n".join([head, paper, words(60, 30, name, "#1f2328"), *groups, "</svg>\n"])

@@ -59,6 +59,7 @@ OBJECTIVES = ("genpi", "sft", "pg", "prepend", "seqkd", "kld", "seqkd+kld")
 PG_TARGETS = ("prompt+reason", "prompt", "reason", "reason-given-prompt", "prompt-given-reason")
 LATER = {  # flags that a folder of an earlier version lacks, and what it did
     "objective": "genpi", "pg_target": "prompt+reason", "prepend_prob": 1.0,
+    "full": False,
 }  # fmt: skip
 HERE = Path(__file__).resolve().parent
 ELSEWHERE = "choose another folder with --out"
@@ -333,6 +334,7 @@ class Run:
     objective: str
     pg_target: str
     prepend_prob: float
+    full: bool
     slots: int
     micro_tokens: int
 

@@ -48,3 +48,12 @@ def paired_difference(ours: list[bool], theirs: list[bool]) -> dict:
     found = {"difference": gaps.mean().item(), "low": low, "high": high}
     found |= {"only_ours": only_ours, "only_theirs": only_theirs}
     return found | {"p": sign_test(only_ours, only_theirs)}
+
+
+def fisher(k: int, n: int, other: int, m: int) -> float:
+    """The chance of counts k of n and other of m at least as uneven if both shares were the same.
+
+    Fisher's exact test, two-sided: for two samples that are not paired input by input.
+    """
+    ways = [math.comb(n, i) * math.comb(m, k + other - i) for i in range(min(n, k + other) + 1)]
+    return sum(each for each in ways if each <= ways[k]) / sum(ways)

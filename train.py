@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import full
 import lora
 from chat import Chat
 from checkpoint import fingerprint
@@ -141,7 +142,7 @@ def train_step(
     all of them (None: all); over the draws the gradient has the same mean. Source: GenPI Eq. 4.
     """
     optimizer.zero_grad(set_to_none=True)
-    parameters = lora.adapter_parameters(model)
+    parameters = lora.trainable(model)
     means = torch.zeros(2, device=parameters[0].device)
     scale = LOSS_SCALE.get(model.lm_head.weight.dtype, 1)
     cost = cost_of(recipe.objective)  # of GenPI loss.batch_nll: -log P of the targets
@@ -186,7 +187,7 @@ def train(
     ValueError for a checkpoint that does not fit, and when a loss is not finite.
     """
     rank, _ = team()
-    parameters = lora.adapter_parameters(model)
+    parameters = lora.trainable(model)
     optimizer = torch.optim.AdamW(parameters, recipe.lr, weight_decay=recipe.weight_decay)
     order = sample_order(len(sft), recipe.epochs, recipe.seed)
     steps = math.ceil(len(order) / recipe.batch)
@@ -321,14 +322,15 @@ def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llam
 
     Raises: ValueError if the base has changed, or the adapter is missing or damaged.
     """
-    config = run.folder / lora.CONFIG
+    config = run.folder / (full.CONFIG if run.full else lora.CONFIG)
     if not config.exists():
         told = "has no finished adapter; run genpi.py with the same flags to finish it"
         raise ValueError(f"{run.folder}: {told}")
     folder = base_folder(run)
     model, chat = loaded or load_model(folder, run.device, bits=run.bits)
+    load = full.load_weights if run.full else lora.load_adapter
     try:
-        lora.load_adapter(model, run.folder)  # its base is told by its hash: places may change
+        load(model, run.folder)  # its base is told by its hash: places may change
     except ValueError as error:
         cure = f"delete {config}, and genpi.py goes on from its checkpoint"
         raise ValueError(f"{error}; {cure}") from None

@@ -269,8 +269,6 @@ def show_oracle(samples: list[Sample], at_once: int) -> None:
 def command(argv: list[str]) -> None:
     """Play a benchmark with a run and print its table."""
     name, *flags = argv
-    if name not in BENCHMARKS:
-        raise ValueError(f"no benchmark is called {name}; there are {', '.join(BENCHMARKS)}")
     benchmark = import_module(f"benchmarks.{BENCHMARKS[name]}")
     parser = Flags(prog=f"evaluate.py {name}", description=benchmark.__doc__.split("\n")[0])
     add = parser.add_argument

@@ -271,6 +271,18 @@ def test_prepend_has_p_in_the_context_with_its_probability():
     assert {tuple(each) for each in with_p} == {(a, b) for a in (0, 1) for b in (0, 1)}
 
 
+def test_p_always_prepended_is_fine_tuning_with_p():
+    """The cost is - sum_t log P(y_t | p, x, y_<t), of the adapter itself and token by token."""
+    model = small_model()
+    prompted = teacher_sequence(CHAT, PROMPT, RECORD)
+    log_p = model(torch.tensor([prompted.ids]))[0].log_softmax(-1)
+    places = [t for t, label in enumerate(prompted.labels) if label != IGNORE]
+    by_hand = -sum(log_p[t - 1, prompted.ids[t]] for t in places)
+    found = objectives.cost_of("prepend")(model, prepend(twins(RECORD), 1.0, 0, 0))
+    assert found.item() == pytest.approx(by_hand.item(), rel=1e-4)
+    assert target_text(prompted).count(END) == 2  # both turns of the agent
+
+
 def test_prepend_draws_the_same_again():
     """Seed and number of the step decide the draw, whatever was drawn before."""
     some = twins(*[RECORD, SHORT] * 20)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stats import paired_difference, wilson
+from stats import fisher, paired_difference, wilson
 
 
 def test_wilson_is_the_interval_of_the_textbook():
@@ -34,3 +34,11 @@ def test_a_difference_of_many_pairs_can_be_told():
     assert found["p"] == pytest.approx(2 / 1024) and found["low"] > 0
     same = paired_difference([True, False] * 9, [True, False] * 9)
     assert (same["p"], same["low"], same["high"]) == (1, 0, 0)
+
+
+def test_fisher_is_the_lady_who_tastes_tea():
+    """3 of 4 against 1 of 4: (1 + 16 + 16 + 1) / 70 of all ways are at least as uneven."""
+    assert fisher(3, 4, 1, 4) == pytest.approx(34 / 70)
+    assert fisher(4, 4, 0, 4) == fisher(0, 4, 4, 4) == pytest.approx(2 / 70)
+    assert fisher(2, 4, 2, 4) == pytest.approx(1)
+    assert fisher(0, 3, 2, 5) == pytest.approx((10 + 3) / 28)  # of 0, 1, 2: 10, 15 and 3 ways
