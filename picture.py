@@ -58,7 +58,8 @@ def agreement(report: dict) -> str:
 
 def exam(report: dict) -> str:
     """Draw on how many held-out turns that need a rule the adapter acts right, rule by rule."""
-    rows = [row for row in report.get("exam", []) if row["obeyed"]["n"]]
+    rules = [row for row in report.get("exam", []) if row["lines"]]  # not what an edit changed
+    rows = [row for row in rules if row["obeyed"]["n"]]
     marks = []
     places = {}
     for i, row in enumerate(rows):
@@ -69,7 +70,7 @@ def exam(report: dict) -> str:
             for share in (obeyed["low"], obeyed["k"] / obeyed["n"], obeyed["high"])
         ]
         marks.append(mark(x, y, "adapter", f"{obeyed['k']}/{obeyed['n']}"))
-    names = {"adapter": f"{len(rows)} of {len(report.get('exam', []))} rules tested"}
+    names = {"adapter": f"{len(rows)} of {len(rules)} rules tested"}
     scale = {"100 %": 0, "50 %": HEIGHT / 2, "0 %": HEIGHT}
     return panel(("obeys a rule, 95 % interval", "rule at line"), names, scale, places, marks)
 
