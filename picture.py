@@ -10,17 +10,33 @@ WIDTH = 220  # of a plot, in pixels
 HEIGHT = 140
 GREY = "#57606a"
 COLOUR = {"base": "#8c959f", "adapter": "#bc4c00", "sft": "#bc4c00", "pg": "#0969da"}
+COLOUR |= {"genpi": "#0969da", "sft-tokens": "#d4a72c", "unrelated": "#8c959f"}  # other objectives
+COLOUR |= {"prompt": "#1a7f37", "reason": "#8250df"}
 
 
 def draw(report: dict, metrics: list[dict], name: str) -> str:
     """Draw the panels for which there is data -> an SVG file. metrics: rows of metrics.jsonl."""
     lines = losses(metrics, report.get("objective", "genpi"))
     panels = [p for p in (lines, agreement(report), exam(report), recall(report)) if p]
-    groups = [f'<g transform="translate({60 + 330 * i},90)">{p}</g>' for i, p in enumerate(panels)]
-    size = f'width="{330 * max(1, len(panels)) + 10}" height="270" font-size="11"'
+    return page(panels, name)
+
+
+def page(panels: list[str], name: str, legend: dict | None = None) -> str:
+    """Panels beside each other, under a name and a legend {colour: text} of all -> an SVG file."""
+    width = 330 * max(1, len(panels)) + 10
+    a_row = (width - 60) // 140  # names
+    said = [
+        words(60 + 140 * (i % a_row), 50 + 14 * (i // a_row), text, COLOUR[who])
+        for i, (who, text) in enumerate((legend or {}).items())
+    ]
+    top = 90 + 14 * -(-len(said) // a_row)
+    groups = [
+        f'<g transform="translate({60 + 330 * i},{top})">{p}</g>' for i, p in enumerate(panels)
+    ]
+    size = f'width="{width}" height="{top + 180}" font-size="11"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
     paper = '<rect width="100%" height="100%" fill="white"/>'  # on a dark page, too
-    return "\n".join([head, paper, words(60, 30, name, "#1f2328"), *groups, "</svg>\n"])
+    return "\n".join([head, paper, words(60, 30, name, "#1f2328"), *said, *groups, "</svg>\n"])
 
 
 def losses(metrics: list[dict], objective: str) -> str:
