@@ -33,9 +33,9 @@ from experiments.pool import (
     counts,
     levels_of,
     pool_of_run,
+    questions_of,
     rare_rules,
     read_pool,
-    tests_of,
     write_pool,
 )
 from files import append_row, read_json, read_text
@@ -131,8 +131,8 @@ def open_lab(args, out: Path, run: Run) -> Lab:
     rules = rare_rules(pool, max(args.shows), run.prompt.text)
     if not rules:
         raise ValueError(
-            f"{path}: no rule is needed by a held-out record and shown by {max(args.shows)} or more "
-            "of the others, but at most half; give a run with --cover, or lower --shows"
+            f"{path}: no rule is needed by a held-out record and shown by {max(args.shows)} of the "
+            "others or more, but at most half; give a run with --cover, or lower --shows"
         )
     flags = LATER | read_json(run.folder / "args.json", ANEW)
     lora.add_lora(model, flags["rank"], flags["alpha"], flags["dropout"])
@@ -140,7 +140,7 @@ def open_lab(args, out: Path, run: Run) -> Lab:
     share = args.pg_share or recipe.pg_share
     recipe = replace(recipe, objective="genpi", pg_share=share, save_every=args.steps)
     other = unrelated_prompt(read_text(args.unrelated, "prompt"), run.prompt, chat)
-    tests = tests_of(pool, rules, args.tested)
+    tests = questions_of(pool, rules, args.tested)
     return Lab(run, voice, recipe, args.steps, pool, rules, tuple(args.shows), tests, other)
 
 

@@ -136,7 +136,7 @@ def choose(pool: list[Example], levels: dict[str, int], n: int, seed: int) -> li
     return chosen + plain[: n - len(chosen)]
 
 
-def tests_of(pool: list[Example], rules: Collection[str], most: int) -> dict[str, list[int]]:
+def questions_of(pool: list[Example], rules: Collection[str], most: int) -> dict[str, list[int]]:
     """rule -> places in the pool of held-out records that need it, at most so many. Under "": of
     those that need none.
     """

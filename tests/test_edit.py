@@ -148,6 +148,16 @@ def test_an_interrupted_edit_goes_on(run, tmp_path, monkeypatch):
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
+def test_the_kind_of_prompt_is_that_of_the_earlier_run(tmp_path):
+    """An edited copy may have any name; one that names a task, or a flag, has its way."""
+    (tmp_path / "args.json").write_text('{"task": "os"}')
+    flags = ["--from", str(tmp_path), "--prompt"]
+    assert genpi.parse_flags([*flags, "edited.txt"]).task == "os"
+    assert genpi.parse_flags([*flags, "search.txt"]).task == "search"
+    assert genpi.parse_flags([*flags, "edited.txt", "--task", "any"]).task == "any"
+    assert genpi.parse_flags(["--prompt", "edited.txt"]).task == "any"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
