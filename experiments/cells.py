@@ -100,13 +100,18 @@ def train_cell(lab: Lab, cell: Cell, examples: list[Example], folder: Path) -> l
     sft, pg = training_sequences(chat, prompt, records, arm.lam, "genpi", arm.target)
     epochs = math.ceil(lab.steps * lab.recipe.batch / len(sft))
     if arm.as_many_tokens:
-        read = sum(map(len, sft))
-        epochs = round(epochs * (1 + lab.recipe.pg_share * sum(map(len, pg)) / read))
+        more = drawn_share(lab.recipe) * sum(map(len, pg)) / sum(map(len, sft))
+        epochs = round(epochs * (1 + more))
     recipe = replace(lab.recipe, lam=arm.lam, epochs=epochs, seed=cell.seed)
     torch.manual_seed(cell.seed)
     lora.reset_adapter(lab.voice.model)
     train(lab.voice.model, sft, pg, recipe, folder)
     return read_metrics(folder / "metrics.jsonl")
+
+
+def drawn_share(recipe: Recipe) -> float:
+    """The share of a batch whose PG loss is computed: of whole samples, and of one at least."""
+    return max(1, round(recipe.pg_share * recipe.batch)) / recipe.batch
 
 
 def rows_of(lab: Lab, cell: Cell) -> list[dict]:

@@ -26,7 +26,16 @@ from tqdm import tqdm
 
 import lora
 from chat import Chat
-from experiments.cells import ARMS, Cell, Lab, cell_of, read_cells, rows_of, samples_of
+from experiments.cells import (
+    ARMS,
+    Cell,
+    Lab,
+    cell_of,
+    drawn_share,
+    read_cells,
+    rows_of,
+    samples_of,
+)
 from experiments.few_samples_report import write_report
 from experiments.pool import (
     Example,
@@ -94,7 +103,7 @@ def estimate(lab: Lab, missing: list[Cell], done: list[dict]) -> str:
     for cell in missing:
         arm = ARMS["genpi" if ARMS[cell.arm].as_many_tokens else cell.arm]
         sft, pg = training_sequences(chat, lab.run.prompt, records[:8], 0.7, "genpi", arm.target)
-        a_sample = sum(map(len, sft)) + (arm.lam < 1) * lab.recipe.pg_share * sum(map(len, pg))
+        a_sample = sum(map(len, sft)) + (arm.lam < 1) * drawn_share(lab.recipe) * sum(map(len, pg))
         tokens += lab.steps * lab.recipe.batch * a_sample / len(sft)
     told = f"about {tokens / 1e6:.1f} million tokens of training"
     path = lab.run.folder / "metrics.jsonl"
