@@ -1,6 +1,6 @@
 """After an edit of the prompt: what of an earlier run still holds (--from RUN).
 
-    inputs     all of them
+    inputs     all of them; what they and the kept records took is not counted anew
     records    those in which the teacher says with the new p what it said with the old one; yS does
                not depend on p, and r explains the same two replies. All others are made anew
     adapter    where the training begins
@@ -8,7 +8,8 @@
 Left out: that the environment, too, might answer otherwise under the new p.
 """
 
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from exam import greedy_turns
@@ -27,10 +28,13 @@ def begin_with(earlier: Path, folder: Path, voice: Voice, prompt: Prompt) -> fro
     """
     path = folder / KEPT
     if not path.exists():
+        clock = time.perf_counter()
         records = read_records(earlier / "data.jsonl", mend=False)
         kept = unchanged(voice, prompt, records)
-        write_rows(folder / "data.jsonl", [asdict(record) for record in kept])
-        write_json(folder / "inputs.json", asdict(read_inputs(earlier / "inputs.json")))
+        write_rows(folder / "data.jsonl", [asdict(replace(r, seconds=0.0)) for r in kept])
+        inputs = read_inputs(earlier / "inputs.json")
+        inputs.seconds = time.perf_counter() - clock  # what it took to look through the records
+        write_json(folder / "inputs.json", asdict(inputs))
         write_json(path, {"kept": [record.index for record in kept]})
         print(f"{len(kept)} of {len(records)} records of {earlier} hold for the new prompt")
     return frozenset(read_json(path, AGAIN, {"kept": list[int]})["kept"])

@@ -3,9 +3,8 @@
     python evaluate.py --run runs/os                             the report of a finished run
     python evaluate.py --run runs/os --against runs/os-sft       do two adapters differ?
     python evaluate.py --run runs/os --merge merged              the adapter, folded in
-    python evaluate.py os --run runs/os                          a benchmark (benchmarks/driver.py)
-    python evaluate.py tables                                    the paper's tables (experiments/)
-    python evaluate.py figures                                   its figures
+    python evaluate.py os --run runs/os                          a benchmark
+    python evaluate.py tables                                    an experiment (COMMANDS)
 
 The first prints the report and writes report.json and report.md. All is measured on the held-out
 inputs, which training never saw, and all but the costs with one set of weights: the adapter is
@@ -31,11 +30,9 @@ Left out: a judge model; the measures are those that need nobody's opinion.
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from difflib import SequenceMatcher
-from functools import partial
 from importlib import import_module
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -48,24 +45,34 @@ import loss
 import objectives
 import picture
 import runs
+from agreement import (
+    agreement_by_turn,
+    closed_loop,
+    closed_loop_agreement,
+    first_replies,
+    held_out_records,
+    share,
+)
 from chat import Chat
+from compare import compare
 from exam import same_action
 from files import UNSEEN, write_json, write_text
 from flags import WHOLE, Flags, device_flag
 from model import Llama
-from prompt import Prompt, Task, conversation, student_messages
+from prompt import Prompt, Task
 from runs import Record, Run
 from sampler import Sampling, Voice, say
-from stats import interval, paired_difference, wilson
-from synth import Plan, quality, role_play
+from stats import interval
+from synth import quality
 from train import micro_batches, open_model
 
 RECALLED = 4  # held-out records from which the prompt is asked back
-EXAMINED = 100  # training records that are looked through for what shows a rule
-WORDS = {  # first words of the command, and who knows what to do
+COMMANDS = {  # first word of a command line: the module whose command it is
     **dict.fromkeys(("os", "web_browsing", "web_shopping"), "benchmarks.driver"),
     "tables": "experiments.tables",
     "figures": "experiments.figures",
+    "few-samples": "experiments.few_samples",
+    "rules": "experiments.rules",
 }
 
 # ------------------------------------------------------------------------------------ measures
@@ -96,98 +103,11 @@ def gap_closed(nll: dict[str, float]) -> float | None:
     return (nll["base"] - nll["adapter"]) / gap if gap > 0 else None
 
 
-def agrees(task: Task, texts: list[str], records: list[Record]) -> list[bool]:
-    """For each first reply, whether it takes the teacher's action."""
-    return [same_action(task, t, r.teacher) for t, r in zip(texts, records, strict=True)]
-
-
-def first_replies(voice: Voice, records: list[Record], limit: int) -> list[str]:
-    """What a voice says to the inputs of these records without p, greedily."""
-    asked = [student_messages(record.pseudo_input) for record in records]
-    return say(voice, asked, Sampling(limit))
-
-
-def share(outcomes: list[bool]) -> dict:
-    return wilson(sum(outcomes), len(outcomes))
-
-
 def follows(task: Task, records: list[Record]) -> dict | None:
     """On how many inputs the teacher's first reply has the form of p; None if we know none."""
     if task.action is None:
         return None
     return share([task.act(record.teacher) is not None for record in records])
-
-
-def asked_turns(record: Record) -> dict[str, int]:
-    """The agent turns of a conversation that are asked about, by name: three, or all of fewer."""
-    n = (len(record.turns) + 1) // 2
-    turns = {"first": 0}
-    if n > 2:
-        turns["middle"] = n // 2
-    if n > 1:
-        turns["last"] = n - 1
-    return turns
-
-
-def agreement_by_turn(voice: Voice, task: Task, records: list[Record], limit: int) -> dict:
-    """k of n turns that take the teacher's action: without p, the model and the adapter.
-
-    A turn is asked for after the recorded ones before it, in which the model sees how actions are
-    written; hence the base has a figure at every turn. The teacher agrees with itself by
-    construction; its row is there for its interval.
-    """
-    found = {}
-    for name in ("first", "middle", "last"):
-        some = [(r, asked_turns(r)[name]) for r in records if name in asked_turns(r)]
-        taught = [record.turns[2 * turn] for record, turn in some]
-        openings = [(student_messages(r.pseudo_input), r.turns[: 2 * turn]) for r, turn in some]
-        asked = [conversation(*opening) for opening in openings]
-        said = {"teacher": taught, "adapter": say(voice, asked, Sampling(limit))}
-        with lora.adapter_off(voice.model):
-            said["base"] = say(voice, asked, Sampling(limit))
-        found[name] = {
-            who: share([same_action(task, *pair) for pair in zip(texts, taught, strict=True)])
-            for who, texts in said.items()
-        }
-    return found
-
-
-def closed_loop(
-    voice: Voice, run: Run, records: list[Record], opening: Callable = student_messages
-) -> list[Record]:
-    """Let the adapter talk to the environment, which its base plays as in synthesis.
-
-    opening: x -> what the adapter reads of it; by default without p.
-    """
-    plan = Plan(run.prompt, run.task, len(records), run.max_new_tokens, 1, 0)
-    played = [Record(record.index, record.pseudo_input) for record in records]
-    base = partial(lora.adapter_off, voice.model)
-    role_play(voice, plan, played, opening, base)
-    return played
-
-
-def same_conversation(task: Task, ours: Record, theirs: Record) -> list[bool]:
-    """For each agent turn, whether both are there and take the same action."""
-    pairs = zip_longest(ours.turns[::2], theirs.turns[::2])
-    return [None not in pair and same_action(task, *pair) for pair in pairs]
-
-
-def closed_loop_agreement(task: Task, played: list[Record], records: list[Record]) -> dict:
-    """k of n conversations in which all actions are the teacher's, and how many actions are.
-
-    Once an action differs the environment answers something else, so that few later ones agree. The
-    actions of a conversation hang together, hence they have no interval.
-    """
-    same = [same_conversation(task, *pair) for pair in zip(played, records, strict=True)]
-    actions = sum(same, [])
-    return {
-        "conversations": share([all(turns) for turns in same]),
-        "actions": {"k": sum(actions), "n": len(actions)},
-        "final_action": {
-            "adapter": share([not record.no_final_action for record in played]),
-            "teacher": share([not record.no_final_action for record in records]),
-        },
-    }
 
 
 def matched_ratio(wanted: list[int], said: list[int]) -> float:
@@ -236,16 +156,6 @@ def line_nll(
 # -------------------------------------------------------------------------------------- report
 
 
-def held_out_records(run: Run, records: list[Record]) -> list[Record]:
-    """The held-out records that can be measured. Raises: ValueError if there are none."""
-    _, held_out = runs.split_records(records, run.samples, run.held_out)
-    held_out = [record for record in held_out if not record.overlong]
-    if not held_out:
-        told = "no held-out conversation fits the context; lower --max-turns, with another --out"
-        raise ValueError(f"{run.folder}: {told}")
-    return held_out
-
-
 def measure(
     run: Run, loaded: tuple[Llama, Chat] | None, users: int, before: Path | None = None
 ) -> dict:
@@ -261,7 +171,7 @@ def measure(
     training += runs.covering_records(run.folder)
     prompt = run.prompt
     voice = Voice(model, chat, run.slots)
-    adapter = sum(p.numel() for p in lora.adapter_parameters(model))
+    trainable = sum(p.numel() for p in lora.adapter_parameters(model))
     with torch.device("meta"):  # an NF4 weight counts as the numbers that it stands for
         base = sum(p.numel() for p in Llama(model.config).parameters())
     nll = nll_of_three(model, chat, run, held_out)
@@ -271,7 +181,7 @@ def measure(
     reciting = [(r, objectives.pg_sequence(chat, prompt, r, target)) for r in held_out]
     asked = [record for record, sequence in reciting if len(sequence) <= chat.context]
     recited = recall(voice, prompt, asked[:RECALLED], target) if asked else None
-    shown = [record for record in training if not record.overlong][-EXAMINED:]
+    shown = [record for record in training if not record.overlong]
     found = exam.examine(voice, prompt, run.task, held_out, shown, run.max_new_tokens, before)
     unmerged = first_replies(voice, held_out, run.max_new_tokens)
     spent = seconds["synth"] + seconds["train"]
@@ -280,8 +190,9 @@ def measure(
     same = [same_action(run.task, *pair) for pair in zip(merged, unmerged, strict=True)]
     return {
         "model": run.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": run.lam,
-        "objective": run.objective, "trained": trained_how(run),
-        "trainable_params": base if run.full else adapter, "total_params": base + adapter,
+        "objective": run.objective,
+        "trained": objectives.in_words(run.objective, run.lam, run.pg_target, run.prepend_prob),
+        "trainable_params": trainable, "total_params": trainable + base,
         "samples": len(training), "held_out": len(held_out),
         "teacher_follows": follows(run.task, held_out),
         "nll": nll, "gap_closed": gap_closed(nll),
@@ -291,12 +202,6 @@ def measure(
         "synthesis": quality(records, run.task),
         "seconds": {**seconds, "evaluate": time.perf_counter() - clock},
     }  # fmt: skip
-
-
-def trained_how(run: Run) -> str:
-    """What was descended, and by which weights, in words."""
-    chosen = run.objective, run.lam, run.pg_target, run.prepend_prob
-    return objectives.in_words(*chosen, run.full)
 
 
 def markdown(report: dict, name: str) -> str:
@@ -394,55 +299,6 @@ def report(
     print(f"\n{page}")
 
 
-# ------------------------------------------------------------------------------------ two runs
-
-
-def compare(folder: Path, against: Path, device: str | None, model: str | None) -> None:
-    """Print how two adapters differ on the same held-out inputs, a sentence a measure.
-
-    Raises: ValueError if the runs do not hold out the same inputs, with the same teacher.
-    """
-    runs_of_two = [runs.load_run(each, device, model) for each in (folder, against)]
-    records = [held_out_records(run, runs.load_records(run)[0]) for run in runs_of_two]
-    ours, theirs = ([(record.pseudo_input, record.turns) for record in some] for some in records)
-    if ours != theirs:
-        told = "do not hold out the same records"
-        raise ValueError(f"{folder} and {against} {told}; begin one with --records of the other")
-    found = [outcomes(run, some) for run, some in zip(runs_of_two, records, strict=True)]
-    for measure in found[0]:
-        first, second = (each[measure] for each in found)
-        told = difference(paired_difference(first, second))
-        shares = (
-            f"{sum(each)} of {len(each)} ({name})"
-            for each, name in ((first, folder), (second, against))
-        )
-        print(f"{measure}: {' against '.join(shares)}: {told}")
-
-
-def outcomes(run: Run, records: list[Record]) -> dict[str, list[bool]]:
-    """For each held-out input, whether the adapter of a run acts as the teacher."""
-    model, chat = open_model(run)
-    voice = Voice(model, chat, run.slots)
-    replies = first_replies(voice, records, run.max_new_tokens)
-    pairs = zip(closed_loop(voice, run, records), records, strict=True)
-    return {
-        "the teacher's first action": agrees(run.task, replies, records),
-        "all its actions in the closed loop": [
-            all(same_conversation(run.task, *pair)) for pair in pairs
-        ],
-    }
-
-
-def difference(found: dict) -> str:
-    """A paired difference in words."""
-    low, gap, high = (f"{100 * found[key]:+.1f}" for key in ("low", "difference", "high"))
-    return (
-        f"{gap} points (95 %: {low} to {high}); {found['only_ours']} only the first, "
-        f"{found['only_theirs']} only the second, exact McNemar p = {found['p']:.2f}: "
-        f"{'told apart' if found['p'] < 0.05 else 'not told apart'}"
-    )
-
-
 # ---------------------------------------------------------------------------------- the command
 
 
@@ -457,11 +313,9 @@ def write_merged(folder: Path, target: Path, device: str | None, model: str | No
 
 
 def command(argv: list[str]) -> None:
-    """Report on a run, compare two, write one as a plain checkpoint, or do what a word says."""
+    """Report on a run, compare two, write one as a plain checkpoint, or do what the word says."""
     if argv and not argv[0].startswith("-"):
-        if argv[0] not in WORDS:
-            raise ValueError(f"{argv[0]} is none of {', '.join(WORDS)}; give one of them, or --run")
-        return import_module(WORDS[argv[0]]).command(argv)
+        return word(argv)
     parser = Flags(prog="evaluate.py", description="Report on a finished run.")
     add = parser.add_argument
     add("--run", type=Path, required=True, help="run folder of genpi.py")
@@ -478,6 +332,13 @@ def command(argv: list[str]) -> None:
         compare(args.run, args.against, args.device, args.model)
     else:
         report(args.run, None, args.device, args.users, args.model, args.before)
+
+
+def word(argv: list[str]) -> None:
+    """A command of its own, by its first word. Raises: ValueError if there is none like that."""
+    if argv[0] not in COMMANDS:
+        raise ValueError(f"{argv[0]}: no such command; give {', '.join(COMMANDS)}, or --run RUN")
+    import_module(COMMANDS[argv[0]]).command(argv)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,6 +10,11 @@
 A rule without a witness is untested: no input shows what it is for. One that few samples show may
 be lost, however well the adapter recites its lines: to recite is not to obey.
 
+A second adapter may sit the exam too. The rows then say on how many witnesses only the new one is
+right (gained), on how many only the old one (lost). If that one was trained on an earlier text of
+p, one more row is about the edit: its witnesses are the turns in which the teacher acts otherwise
+under the old text.
+
 Left out: rules that only act together (without one the other still does its work, so neither has
 witnesses), and what a rule changes in the words of a turn but not in its action.
 """
@@ -20,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from files import read_text
 from lora import adapter_of, adapter_off
 from prompt import MARKER, Prompt, Task, conversation, parse_prompt, student_messages
 from runs import Record
@@ -28,6 +34,7 @@ from stats import interval, wilson
 
 Opening = Callable[[str], list[dict]]
 ITEM = re.compile(r"[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S")  # how an item of a list begins
+EDIT = "what the edit of the prompt changed"
 
 # ----------------------------------------------------------------------------------------- rules
 
@@ -57,8 +64,8 @@ def rules_of(prompt: Prompt, task: Task) -> list[Rule]:
 def rule_spans(prompt: Prompt, task: Task) -> Iterator[tuple[int, int]]:
     """Where in the text the rules stand: (start, end) in letters.
 
-    The first worked example begins in the turn of the instructions, with its last paragraph. That
-    goes with the example, and the marker behind it, so that the instructions open the next one.
+    The first worked example begins in the turn of the instructions. What stands of it there goes
+    with it, and the marker behind it, so that the instructions open the next example.
     """
     text = prompt.text
     if prompt.opening is None:
@@ -69,14 +76,26 @@ def rule_spans(prompt: Prompt, task: Task) -> Iterator[tuple[int, int]]:
     if not prompt.turns:
         yield from (span for span in told if "{user_input}" not in text[slice(*span)])
         return
-    yield from told[:-1]
-    begin = first = told[-1][0] if told else marks[0].end()
+    wish = first_wish([text[slice(*span)] for span in told], prompt)
+    yield from told[:wish]
+    begin = first = told[wish][0] if told else marks[0].end()
     for turn, (role, said) in enumerate(prompt.turns):
         ends = task.is_final(said) or not any(task.is_final(each) for _, each in prompt.turns)
         if role == "assistant" and (ends or turn == len(prompt.turns) - 1):
-            wish = marks[turn + 1]  # the user turn after this example
-            yield begin, wish.end() if begin == first else wish.start()
-            begin = wish.start()
+            after = marks[turn + 1]  # the user turn after this example
+            yield begin, after.end() if begin == first else after.start()
+            begin = after.start()
+
+
+def first_wish(told: list[str], prompt: Prompt) -> int:
+    """Which paragraph of the first user turn begins the first worked example.
+
+    The last whose first line begins a later user turn, too, as where each shows a page; the last of
+    all where none does.
+    """
+    heads = {said.split("\n")[0] for role, said in prompt.turns[1:] if role == "user"}
+    alike = [i for i, paragraph in enumerate(told) if paragraph.split("\n")[0] in heads]
+    return alike[-1] if alike else len(told) - 1
 
 
 def blocks(text: str, start: int, end: int) -> list[tuple[int, int]]:
@@ -171,51 +190,65 @@ def examine(
     """A row a rule: its text and lines, its witnesses, and how many of them the adapter obeys.
 
     voice: its model has the adapter, which is switched off while it is the teacher. shown: records
-    that were trained on. limit: tokens of a turn. before: the folder of another adapter, which is
-    examined too.
+    that were trained on. limit: tokens of a turn. before: the run folder of another adapter, which
+    is examined too.
     """
     rules = rules_of(prompt, task)
+    if before and (edit := edit_of(prompt, before)):
+        rules.append(edit)
     with adapter_off(voice.model):
         found = [witnesses(voice, task, held_out + shown, rule, limit) for rule in rules]
     tested = {turn for some in found for turn in some if turn[0] < len(held_out)}
-    wrong = {"obeyed": act_otherwise(voice, task, held_out, student_messages, tested, limit)}
+    wrong = act_otherwise(voice, task, held_out, student_messages, tested, limit)
     if before:
         with adapter_of(voice.model, before):
-            lost = act_otherwise(voice, task, held_out, student_messages, tested, limit)
-        wrong["before"] = lost
+            earlier = act_otherwise(voice, task, held_out, student_messages, tested, limit)
     rows = []
     for rule, some in zip(rules, found, strict=True):
         own = some & tested
-        row = {"rule": rule.text, "lines": [rule.lines[0], rule.lines[-1]]}
+        row = {"rule": rule.text, "lines": [rule.lines[0], rule.lines[-1]] if rule.lines else []}
         row["shown_by"] = len({i for i, _ in some if i >= len(held_out)})
         row["looked_at"] = len(shown)
-        for name, missed in wrong.items():
-            row[name] = wilson(len(own - missed), len(own))
+        row["obeyed"] = wilson(len(own - wrong), len(own))
+        if before:
+            row["before"] = wilson(len(own - earlier), len(own))
+            row["gained"] = len(own & earlier - wrong)
+            row["lost"] = len(own & wrong - earlier)
         rows.append(row)
     return rows
+
+
+def edit_of(prompt: Prompt, before: Path) -> Rule | None:
+    """The edit of p since an earlier run, as a rule: without it p is the text of that run."""
+    path = before / "prompt.txt"
+    old = parse_prompt(read_text(path, "prompt"), str(path))
+    return Rule(EDIT, range(0), old) if old.text != prompt.text else None
 
 
 def markdown(report: dict) -> str:
     """The exam as a table, a rule a row, in the order of the prompt."""
     recited = report["recall"]["lines"] if report["recall"] else []
     nll = {row["line"]: row["nll"] for row in recited}
-    rules = report["exam"]
-    columns = ["obeyed", *(["before"] if rules and "before" in rules[0] else [])]
-    names = {"obeyed": "obeyed without the prompt", "before": "by the earlier adapter"}
-    rows = []
-    for row in rules:
-        cells = [
-            f"`{' '.join(row['rule'].replace('`', ' ').split())[:60]}`",
-            f"{row['shown_by']} of {row['looked_at']}",
-        ]
-        cells += [interval(row[name]) if row[name]["n"] else "untested" for name in columns]
-        lines = [nll[line] for line in range(row["lines"][0], row["lines"][1] + 1) if line in nll]
-        cells.append(f"{statistics.mean(lines):.3f}" if lines else "")
-        rows.append(f"| {' | '.join(cells)} |")
-    heads = " | ".join(names[name] for name in columns)
-    return f"""| rule of the prompt | shown by samples | {heads} | nats/token |
-|---|---|---|{"---|" * len(columns)}
-{chr(10).join(rows)}
+    both = bool(report["exam"]) and "before" in report["exam"][0]
+    heads = ["rule of the prompt", "shown by samples", "obeyed without the prompt"]
+    heads += ["by the earlier adapter", "gained, lost"] * both + ["nats/token"]
+    table = [heads, ["---"] * len(heads)]
+    for row in report["exam"]:
+        first, last = row["lines"] or (1, 0)
+        lines = [nll[line] for line in range(first, last + 1) if line in nll]
+        table.append([short(row["rule"]), f"{row['shown_by']} of {row['looked_at']}"])
+        table[-1] += [interval(row["obeyed"]) if row["obeyed"]["n"] else "untested"]
+        if both:
+            tested = interval(row["before"]), f"{row['gained']}, {row['lost']}"
+            table[-1] += tested if row["before"]["n"] else ("untested", "")
+        table[-1] += [f"{statistics.mean(lines):.3f}" if lines else ""]
+    page = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return f"""{page}
 
 (a turn counts for a rule if the teacher acts otherwise in it once the rule is taken out of the \
 prompt; the last column says how well the rule is recited, which is not to obey it)"""
+
+
+def short(rule: str) -> str:
+    """The beginning of a rule, as code in a table."""
+    return f"`{' '.join(rule.replace('`', ' ').split())[:60]}`"

@@ -70,7 +70,7 @@ from loss import token_nll as token_nll
 from model import Llama, load_model, read_shape
 from objectives import LAMS, check_flags
 from prompt import TASKS, Prompt, Task, parse_demos, parse_prompt
-from runs import HERE
+from runs import ELSEWHERE, HERE
 from sampler import Voice
 from server import Server, connect
 from show import show
@@ -365,7 +365,8 @@ def build_parser() -> Flags:
     )
     add = parser.add_argument_group("what to internalise").add_argument
     add("--prompt", type=Path, default=HERE / "os.txt", help="the prompt file (UTF-8)")
-    add("--task", choices=sorted(TASKS), help="kind of prompt; None: by the file's name, or any")
+    add("--task", choices=sorted(TASKS), help="kind of prompt; None: by the file's name, or any; "
+        "with --from that run's")
     add("--environment", type=utf8, help="whom the agent talks to; None: the task's")
     add("--demos", type=Path, help="file of first user messages as examples: one a line, or "
         "parted by lines of ---, or JSON strings, one a line; None: the task's")
@@ -455,7 +456,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     check_flags(args.objective, args.lam, parser.said(argv))
     if args.full:
         full.check_flags(args.bits, parser.said(argv))
-    args.task = args.task or (args.prompt.stem if args.prompt.stem in TASKS else "any")
+    args.task = args.task or guess_task(args)
     args.environment = args.environment or TASKS[args.task].environment
     args.max_turns = args.max_turns or TASKS[args.task].max_turns
     args.out = args.out or Path("runs") / args.prompt.stem
@@ -469,6 +470,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if args.record is not None and not args.show:
         raise ValueError(f"--record {args.record} needs --show; add it")
     return args
+
+
+def guess_task(args) -> str:
+    """By the name of the prompt file, or else the task of the run that --from names."""
+    said = args.earlier and args.earlier / "args.json"
+    earlier = read_json(said, ELSEWHERE).get("task") if said and said.exists() else None
+    return next((task for task in (args.prompt.stem, earlier) if task in TASKS), "any")
 
 
 def command(argv: list[str] | None) -> None:

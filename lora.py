@@ -66,8 +66,13 @@ class LoRALinear(nn.Module):
         device = next(iter(base.state_dict().values())).device
         # float32 on any base: steps of 1e-4 are lost in the 8 significant bits of a bfloat16
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device=device))
+        self.reset()
+
+    def reset(self) -> None:
+        """Draw A anew, and set B to 0: the layer is its base again."""
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)  # U(-1/sqrt K, 1/sqrt K), as in PEFT
+        nn.init.zeros_(self.lora_B)
 
     def by_definition(self, x: Tensor) -> Tensor:
         """y = W x + alpha / R * B A dropout(x)."""
@@ -133,6 +138,12 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enabled = True
+
+
+def reset_adapter(model: nn.Module) -> None:
+    """Make the adapter a fresh one, the same as add_lora's from the same random state."""
+    for layer in lora_layers(model).values():
+        layer.reset()
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -11,25 +11,35 @@ HEIGHT = 140
 GREY = "#57606a"
 COLOUR = {"base": "#8c959f", "adapter": "#bc4c00", "sft": "#bc4c00", "pg": "#0969da"}
 COLOUR |= {"full": "#0969da", "half": "#8250df"}  # of p (experiments/figures.py)
+COLOUR |= {"genpi": "#0969da", "sft-tokens": "#d4a72c", "unrelated": "#8c959f"}  # other objectives
+COLOUR |= {"prompt": "#1a7f37", "reason": "#8250df"}
 
 
 def draw(report: dict, metrics: list[dict], name: str) -> str:
     """Draw the panels for which there is data -> an SVG file. metrics: rows of metrics.jsonl."""
     lines = losses(metrics, report.get("objective", "genpi"))
-    return page([p for p in (lines, agreement(report), exam(report), recall(report)) if p], name)
+    panels = [p for p in (lines, agreement(report), exam(report), recall(report)) if p]
+    return page(panels, name)
 
 
-def page(panels: list[str], name: str, rows: int = 1) -> str:
-    """The panels in so many rows beneath a name -> an SVG file."""
+def page(panels: list[str], name: str, legend: dict | None = None, rows: int = 1) -> str:
+    """Panels in so many rows, under a name and a legend {colour: text} of all -> an SVG file."""
     a_row = max(1, len(panels) // rows)
+    width = 330 * a_row + 10
+    names = (width - 60) // 140  # of the legend, in a line
+    said = [
+        words(60 + 140 * (i % names), 50 + 14 * (i // names), text, COLOUR[who])
+        for i, (who, text) in enumerate((legend or {}).items())
+    ]
+    top = 90 + 14 * -(-len(said) // names)
     groups = [
-        f'<g transform="translate({60 + 330 * (i % a_row)},{90 + 240 * (i // a_row)})">{p}</g>'
+        f'<g transform="translate({60 + 330 * (i % a_row)},{top + 240 * (i // a_row)})">{p}</g>'
         for i, p in enumerate(panels)
     ]
-    size = f'width="{330 * a_row + 10}" height="{30 + 240 * rows}" font-size="11"'
+    size = f'width="{width}" height="{top - 60 + 240 * rows}" font-size="11"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
     paper = '<rect width="100%" height="100%" fill="white"/>'  # on a dark page, too
-    return "\n".join([head, paper, words(60, 30, name, "#1f2328"), *groups, "</svg>\n"])
+    return "\n".join([head, paper, words(60, 30, name, "#1f2328"), *said, *groups, "</svg>\n"])
 
 
 def losses(metrics: list[dict], objective: str) -> str:
@@ -67,7 +77,8 @@ def agreement(report: dict) -> str:
 
 def exam(report: dict) -> str:
     """Draw on how many held-out turns that need a rule the adapter acts right, rule by rule."""
-    rows = [row for row in report.get("exam", []) if row["obeyed"]["n"]]
+    rules = [row for row in report.get("exam", []) if row["lines"]]  # not what an edit changed
+    rows = [row for row in rules if row["obeyed"]["n"]]
     marks = []
     places = {}
     for i, row in enumerate(rows):
@@ -78,7 +89,7 @@ def exam(report: dict) -> str:
             for share in (obeyed["low"], obeyed["k"] / obeyed["n"], obeyed["high"])
         ]
         marks.append(mark(x, y, "adapter", f"{obeyed['k']}/{obeyed['n']}"))
-    names = {"adapter": f"{len(rows)} of {len(report.get('exam', []))} rules tested"}
+    names = {"adapter": f"{len(rows)} of {len(rules)} rules tested"}
     scale = {"100 %": 0, "50 %": HEIGHT / 2, "0 %": HEIGHT}
     return panel(("obeys a rule, 95 % interval", "rule at line"), names, scale, places, marks)
 

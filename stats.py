@@ -5,6 +5,7 @@ or both get wrong says nothing of their difference.
 """
 
 import math
+from itertools import product
 
 import torch
 
@@ -57,3 +58,38 @@ def fisher(k: int, n: int, other: int, m: int) -> float:
     """
     ways = [math.comb(n, i) * math.comb(m, k + other - i) for i in range(min(n, k + other) + 1)]
     return sum(each for each in ways if each <= ways[k]) / sum(ways)
+
+
+def flip_test(gaps: list[float]) -> float:
+    """The chance of a sum at least as far from 0 if a fair coin gave each gap its sign: exact,
+    two-sided. It cannot be below 2 / 2^n. Source: Fisher 1935.
+    """
+    signs = torch.tensor(list(product((-1.0, 1.0), repeat=len(gaps))), dtype=torch.float64)
+    sums = signs @ torch.tensor(gaps, dtype=torch.float64)
+    return (sums.abs() >= abs(sum(gaps)) - 1e-9).double().mean().item()
+
+
+def clustered_difference(pairs: dict[tuple, tuple[int, int, int]]) -> dict:
+    """Compare two ways over (seed, rule): pairs[seed, rule] = (ours right, theirs right, of n).
+
+    The difference of the shares; its interval, of 10,000 resamples of the seeds and of the rules,
+    each with replacement; and p, by the flip test of the seeds' differences: what one training does
+    to one rule it may do to the next, so that a seed counts once.
+    """
+    seeds, rules = (sorted({key[i] for key in pairs}) for i in (0, 1))
+    gap = torch.zeros(len(seeds), len(rules), dtype=torch.float64)
+    n = torch.zeros_like(gap)
+    for (seed, rule), (ours, theirs, size) in pairs.items():
+        place = seeds.index(seed), rules.index(rule)
+        gap[place] = ours - theirs
+        n[place] = size
+    draw = torch.Generator().manual_seed(0)
+    weights = []
+    for names in (seeds, rules):
+        drawn = torch.randint(len(names), (10_000, len(names)), generator=draw)
+        weights.append(torch.nn.functional.one_hot(drawn, len(names)).sum(1).double())
+    gaps, sizes = (((weights[0] @ table) * weights[1]).sum(1) for table in (gap, n))
+    shares = (gaps / sizes)[sizes > 0]  # a resample may hold no pair at all
+    low, high = shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    found = {"difference": (gap.sum() / n.sum()).item(), "low": low, "high": high}
+    return found | {"p": flip_test(gap.sum(1).tolist())}

@@ -38,9 +38,9 @@ import forecast
 import genpi
 import lora
 import runs
+from agreement import closed_loop, held_out_records, same_conversation
 from chat import Chat
 from costs import processor
-from evaluate import closed_loop, held_out_records, same_conversation
 from files import read_json, write_json
 from full import OF_AN_ADAPTER
 from model import Llama, load_model

@@ -327,7 +327,7 @@ def test_the_web_benchmarks_play_data_of_our_own(finished, capsys, name, ended):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["chess"], ["chess is none of os, web_browsing, web_shopping"]),
+        (["chess"], ["chess: no such command; give os, web_browsing"]),
         (["os"], ["--run", "--oracle"]),
         (["os", "--run", "{}/none"], ["no args.json"]),
         (["os", "--run", "{}/any"], ["task any", "--task os"]),

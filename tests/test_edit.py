@@ -14,7 +14,7 @@ import synth
 from edit import begin_with, unchanged
 from model import load_model
 from prompt import conversation, parse_prompt
-from runs import read_records
+from runs import read_inputs, read_records
 from sampler import Voice
 from synth import Plan, role_play
 
@@ -56,17 +56,22 @@ def test_a_record_that_no_longer_fits_does_not_hold(voice, records):
 
 
 def test_kept_records_are_told_once(voice, records, tmp_path):
-    """The second time the list of them is read, since more records may have been made by then."""
+    """The second time the list of them is read, since more records may have been made by then. What
+    the earlier run took to make them is not told again as a cost of this one.
+    """
     earlier, folder = tmp_path / "earlier", tmp_path / "folder"
     earlier.mkdir()
     folder.mkdir()
     shutil.copy(ROOT / "tests" / "fixtures" / "records.jsonl", earlier / "data.jsonl")
     inputs = [r.pseudo_input for r in read_records(earlier / "data.jsonl")]
-    state = {"rounds": 1, "fruitless": 0, "seconds": 0.0, "inputs": inputs}
+    state = {"rounds": 1, "fruitless": 0, "seconds": 600.0, "inputs": inputs}
     (earlier / "inputs.json").write_text(json.dumps(state))
     prompt = parse_prompt((ROOT / "os.txt").read_text(encoding="utf-8"))
     kept = begin_with(earlier, folder, voice, prompt)
-    assert kept == {r.index for r in read_records(folder / "data.jsonl")} and kept
+    held = read_records(folder / "data.jsonl")
+    assert kept == {r.index for r in held} and kept
+    assert sum(r.seconds for r in held) == 0 < sum(r.seconds for r in records)
+    assert 0 < read_inputs(folder / "inputs.json").seconds < 600
     (folder / "data.jsonl").write_text("")
     assert begin_with(earlier, folder, None, None) == kept
 
@@ -102,7 +107,7 @@ def test_an_edited_prompt_goes_on_from_an_earlier_run(run, tmp_path):
     old, new = (read_records(tmp_path / name / "data.jsonl") for name in "ab")
     kept = json.loads((tmp_path / "b" / "kept.json").read_text())["kept"]
     assert [r.pseudo_input for r in new] == [r.pseudo_input for r in old]
-    assert [new[i] for i in kept] == [old[i] for i in kept]
+    assert [new[i] for i in kept] == [replace(old[i], seconds=0.0) for i in kept]
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
     assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-9 for key in weights[0])
     assert any(weight.abs().max() > 1e-6 for key, weight in weights[1].items() if "lora_B" in key)
@@ -141,6 +146,16 @@ def test_an_interrupted_edit_goes_on(run, tmp_path, monkeypatch):
     assert run("Bark.", "c", "--from", tmp_path / "a")[0] == 0
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in "bc"]
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+
+
+def test_the_kind_of_prompt_is_that_of_the_earlier_run(tmp_path):
+    """An edited copy may have any name; one that names a task, or a flag, has its way."""
+    (tmp_path / "args.json").write_text('{"task": "os"}')
+    flags = ["--from", str(tmp_path), "--prompt"]
+    assert genpi.parse_flags([*flags, "edited.txt"]).task == "os"
+    assert genpi.parse_flags([*flags, "search.txt"]).task == "search"
+    assert genpi.parse_flags([*flags, "edited.txt", "--task", "any"]).task == "any"
+    assert genpi.parse_flags(["--prompt", "edited.txt"]).task == "any"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The exam: rules are parts of p, witnesses turns that need one, obeyed what the adapter keeps."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,6 +113,26 @@ def test_rules_of_our_prompts(name):
         assert whole.text.splitlines()[rule.lines[0] - 1] in rule.text
 
 
+@pytest.mark.parametrize(
+    ("name", "begins", "stays"),
+    [("web_browsing", "'''\n<html> <form search>", "Here is the first page."),
+     ("web_shopping", "Observation:\nWebShop", "Every purchase begins with a page like this one."),
+     ("os", "Now, my problem is:", "Never answer before you have seen")],
+)  # fmt: skip
+def test_the_first_worked_example_goes_as_a_whole(name, begins, stays):
+    """Its page has several paragraphs, and begins like the pages of later turns; one without a page
+    is the last paragraph. What stands before it is a rule by itself.
+    """
+    whole = parse_prompt((ROOT / f"{name}.txt").read_text(encoding="utf-8"))
+    rules = rules_of(whole, TASKS[name])
+    example = next(rule for rule in rules if "<AGENT>:" in rule.text)
+    before = rules[rules.index(example) - 1]
+    assert example.text.startswith(begins) and before.text.startswith(stays)
+    left = example.without
+    assert whole.turns[0][1].split(begins)[0].strip() in left.text
+    assert whole.turns[1][1] not in left.text
+
+
 def test_an_example_without_a_word_before_it():
     """A first user turn that is empty begins the first example all the same."""
     empty = parse_prompt("<USER>:\n<AGENT>:\nAct: finish\n<USER>:\nNow: {user_input}")
@@ -172,24 +192,61 @@ def test_an_action_is_the_same_whatever_the_thought():
     assert same_action(any_task, " It rains.\n", "It rains.")
 
 
-def test_the_exam_by_hand(monkeypatch):
-    """Rule A makes every wish a question, rule B long ones brief. The adapter kept A and lost B."""
-    whole = parse_prompt("A\n\nB\n\nC")
+@pytest.fixture
+def by_hand(monkeypatch):
+    """A teacher whom rule A makes ask and rule B be brief where x is long; an adapter that knows A
+    alone, and an earlier one that knows B alone -> act of messages.
+    """
+    who = {"knows": "A"}
 
     def act(messages):
         told, x = messages[0]["content"], messages[-1]["content"]
-        adapter = messages[:1] == student_messages("")[:1]
-        size = "brief" if len(x) > 3 and "B" in told and not adapter else "long"
-        return f"{size} {'question' if adapter or 'A' in told else 'order'}"
+        knows = who["knows"] if messages[:1] == student_messages("")[:1] else told
+        size = "brief" if len(x) > 3 and "B" in knows else "long"
+        return f"{size} {'question' if 'A' in knows else 'order'}"
+
+    @contextmanager
+    def earlier(model, folder):
+        who["knows"] = "B"
+        yield
+        who["knows"] = "A"
 
     monkeypatch.setattr(exam, "say", lambda v, asked, sampling: [act(m) for m in asked])
     monkeypatch.setattr(exam, "is_greedy", lambda v, asked, spoken: [[False]] * len(asked))
     monkeypatch.setattr(exam, "adapter_off", lambda model: nullcontext())
+    monkeypatch.setattr(exam, "adapter_of", earlier)
+    return act
+
+
+def sit(act, text, before=None):
+    """The exam of three held-out inputs, one of them long, after two that were trained on."""
+    whole = parse_prompt(text)
     inputs = ["x", "xx", "xxxx", "y", "yyyyy"]
     records = [Record(i, x, [act(whole.teacher(x))]) for i, x in enumerate(inputs)]
     voice = SimpleNamespace(model=None)
-    rows = examine(voice, whole, TASKS["any"], records[:3], records[3:], 9)
+    return examine(voice, whole, TASKS["any"], records[:3], records[3:], 9, before)
+
+
+def test_the_exam_by_hand(by_hand):
+    """Rule A makes every wish a question, rule B long ones brief. The adapter kept A and lost B."""
+    rows = sit(by_hand, "A\n\nB\n\nC")
     assert [row["rule"] for row in rows] == ["A", "B", "C"]
     assert [row["lines"] for row in rows] == [[1, 1], [3, 3], [5, 5]]
     assert [row["shown_by"] for row in rows] == [2, 1, 0]
     assert [(row["obeyed"]["k"], row["obeyed"]["n"]) for row in rows] == [(2, 3), (0, 1), (0, 0)]
+
+
+def test_an_earlier_adapter_beside_the_new_one(by_hand, tmp_path):
+    """It knew B and not A, so two turns of A are gained. Its prompt had no A, so that all turns are
+    what the edit changed; had it been the same, there would be no such row.
+    """
+    (tmp_path / "prompt.txt").write_text("B\n\nC")
+    *rows, edit = sit(by_hand, "A\n\nB\n\nC", tmp_path)
+    assert [(row["gained"], row["lost"]) for row in rows] == [(2, 0), (0, 0), (0, 0)]
+    assert (edit["rule"], edit["obeyed"]["n"], edit["before"]["k"]) == (exam.EDIT, 3, 0)
+    assert edit["shown_by"] == 2 and not edit["lines"]
+    page = exam.markdown({"exam": [*rows, edit], "recall": None}).splitlines()
+    assert page[0].count("|") == page[1].count("|") == 7 and "gained, lost" in page[0]
+    assert page[-3].startswith(f"| `{exam.EDIT}` | 2 of 2 | 2 of 3") and "| 2, 0 |" in page[-3]
+    (tmp_path / "prompt.txt").write_text("A\n\nB\n\nC")
+    assert [row["rule"] for row in sit(by_hand, "A\n\nB\n\nC", tmp_path)] == ["A", "B", "C"]

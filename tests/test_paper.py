@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import agreement
 import evaluate
 import genpi
 import lora
@@ -422,7 +423,7 @@ def test_agreement():
     voice = Scribe(student={None: f"Think: I see.\n\n{ANSWER}"}, agent={None: "Hm."})
     voice.model = torch.nn.Module()
     records = [Record(0, X, [ANSWER])] * 10 + [RECORD]
-    found = evaluate.agreement_by_turn(voice, TASKS["os"], records, 2048)
+    found = agreement.agreement_by_turn(voice, TASKS["os"], records, 2048)
     assert voice.asked["student"] == [BARE] * 22
     assert voice.asked["agent"] == [conversation(BARE, RECORD.turns[:2])] * 2
     assert voice.samplings["student"] == {Sampling(2048)}

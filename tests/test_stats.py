@@ -2,7 +2,7 @@
 
 import pytest
 
-from stats import fisher, paired_difference, wilson
+from stats import clustered_difference, fisher, flip_test, paired_difference, wilson
 
 
 def test_wilson_is_the_interval_of_the_textbook():
@@ -42,3 +42,25 @@ def test_fisher_is_the_lady_who_tastes_tea():
     assert fisher(4, 4, 0, 4) == fisher(0, 4, 4, 4) == pytest.approx(2 / 70)
     assert fisher(2, 4, 2, 4) == pytest.approx(1)
     assert fisher(0, 3, 2, 5) == pytest.approx((10 + 3) / 28)  # of 0, 1, 2: 10, 15 and 3 ways
+
+
+def test_the_flip_test_by_hand():
+    """Of the eight signs of 1, 2, 3 only two sum up to 6 in size; of 1, 1, -2 all that sum to 0 or
+    more do, which are all. Gaps of 0 tell nothing.
+    """
+    assert flip_test([1.0, 2.0, 3.0]) == 2 / 8
+    assert flip_test([1.0, 1.0, -2.0]) == 1 and flip_test([0.0, 0.0]) == 1
+    assert flip_test([5.0]) == 1 and flip_test([0.1] * 10) == 2 / 1024
+
+
+def test_a_difference_over_seeds_and_rules():
+    """1 of 4 and 3 of 4 more are 4 of 8; the interval spans seeds and rules; p counts a seed once,
+    so two rules of one seed that gain are no evidence by themselves.
+    """
+    found = clustered_difference({(0, "a"): (1, 0, 4), (1, "b"): (3, 0, 4)})
+    assert found["difference"] == 0.5 and found["p"] == 2 / 4
+    assert found["low"] == pytest.approx(0.25) and found["high"] == pytest.approx(0.75)
+    alone = clustered_difference({(0, rule): (4, 0, 4) for rule in "abcdef"})
+    assert (alone["difference"], alone["low"], alone["p"]) == (1, 1, 1)
+    none = clustered_difference({(seed, "a"): (2, 2, 4) for seed in range(8)})
+    assert (none["difference"], none["low"], none["high"], none["p"]) == (0, 0, 0, 1)

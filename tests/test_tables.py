@@ -77,7 +77,7 @@ def test_mistakes_are_one_line(flags, words, capsys, tmp_path):
 def test_an_unknown_word_is_told_the_known_ones(capsys):
     assert evaluate.main(["tabels", "--seeds", "1"]) == 2
     told = capsys.readouterr().err
-    assert "tabels is none of os, web_browsing, web_shopping, tables, figures" in told
+    assert "tabels: no such command; give os, web_browsing, web_shopping, tables" in told
 
 
 # ------------------------------------------------------------------------------------- the judge
