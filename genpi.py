@@ -67,7 +67,7 @@ from files import UNSEEN, read_json, read_text
 from flags import SHARE, WHOLE, Flags, device_flag, generator_flag, number, utf8
 from loss import joint_loss as joint_loss
 from loss import token_nll as token_nll
-from model import Llama, load_model, read_shape
+from model import Llama, default_dtype, load_model, read_shape
 from objectives import LAMS, check_flags
 from prompt import TASKS, Prompt, Task, parse_demos, parse_prompt
 from runs import ELSEWHERE, HERE
@@ -104,7 +104,7 @@ def internalise(args, finish: Callable | None = None) -> None:
     """
     join_team(args.device)
     prompt = read_prompt(args)
-    model, chat = load_model(base_folder(args), args.device, bits=args.bits)
+    model, chat = open_base(args, base_folder(args))
     fit_turn(args, chat, prompt)
     check_rank(args, model)
     first = team()[0] == 0
@@ -132,6 +132,10 @@ def base_folder(args) -> Path:
         folder = find_folder(args.model).resolve()
         args.model_path = "tiny" if folder == HERE / "tiny" else str(folder)
     return HERE / args.model_path
+
+
+def open_base(args, model: str | Path) -> tuple[Llama, Chat]:
+    return load_model(model, args.device, getattr(torch, args.dtype), args.bits)
 
 
 @contextmanager
@@ -210,7 +214,7 @@ def open_generator(args, voice: Voice) -> Voice | Server:
     if not args.generator:
         return voice
     if "://" not in args.generator:
-        return Voice(*load_model(args.generator, args.device, bits=args.bits), args.slots)
+        return Voice(*open_base(args, args.generator), args.slots)
     path = args.out / "args.json"
     if args.generator_model is None and path.exists():
         args.generator_model = read_json(path, runs.ELSEWHERE).get("generator_model")
@@ -315,7 +319,7 @@ def show_record(args) -> None:
     fit_turn(args, chat, prompt)
     if runs.has_records(args, known_of(args, prompt, chat)):
         return show(args.out, args.record)
-    loaded = load_model(base_folder(args), args.device, bits=args.bits)
+    loaded = open_base(args, base_folder(args))
     with two_records(args, prompt, *loaded) as folder:
         show(folder, args.record)
 
@@ -337,7 +341,7 @@ def two_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[Path
 def dry_run(args) -> None:
     """Print what the run would take; nothing of it is begun."""
     prompt = read_prompt(args)
-    model, chat = load_model(base_folder(args), args.device, bits=args.bits)
+    model, chat = open_base(args, base_folder(args))
     fit_turn(args, chat, prompt)
     check_rank(args, model)
     with two_records(args, prompt, model, chat) as folder:
@@ -387,6 +391,8 @@ def build_parser() -> Flags:
     add("--generator", type=generator_flag, help="folder, Hub id or URL (http://HOST:PORT/v1) of "
         "the writer of inputs and reasons; None: --model")
     add("--bits", type=int, choices=(4, 16), default=4, help="4: NF4 (QLoRA); 16: not quantised")
+    add("--dtype", choices=("auto", *runs.DTYPES), default="auto", help="of weights and "
+        "activations; auto: as the run was begun, or else float32 on a CPU, bfloat16 on CUDA")
     add("--device", type=device_flag, choices=("cpu", "cuda"), help="None: cuda if there is one")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of everything that is drawn")
     add = parser.add_argument_group(
@@ -462,6 +468,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     args.out = args.out or Path("runs") / args.prompt.stem
     if not opened:
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        args.dtype = settled_dtype(args)
     if not args.chat and args.generator_model and "://" not in (args.generator or ""):
         needs = "needs the URL of a server as --generator"
         raise ValueError(f"--generator-model {args.generator_model} {needs}")
@@ -477,6 +484,22 @@ def guess_task(args) -> str:
     said = args.earlier and args.earlier / "args.json"
     earlier = read_json(said, ELSEWHERE).get("task") if said and said.exists() else None
     return next((task for task in (args.prompt.stem, earlier) if task in TASKS), "any")
+
+
+def settled_dtype(args) -> str:
+    """--dtype, where auto is what the run was begun with, or else what this device computes well.
+
+    Raises: ValueError if the folder of the run is damaged.
+    """
+    path = args.out / "args.json"
+    if args.dtype != "auto":
+        return args.dtype
+    if not path.exists():
+        return str(default_dtype(torch.device(args.device))).removeprefix("torch.")
+    begun = read_json(path, runs.ELSEWHERE, {"dtype": str}, runs.LATER)["dtype"]
+    if begun not in runs.DTYPES:
+        raise ValueError(f"{path}: no dtype is called {begun}; {runs.ELSEWHERE}")
+    return begun
 
 
 def command(argv: list[str] | None) -> None:

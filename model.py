@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from chat import Chat
 from checkpoint import CURE, check_config, check_weights, find_folder, set_fields, weight_files
 from files import read_json
-from quant import NF4Linear, quantize_nf4
+from quant import NF4Linear, keep_dense, quantize_nf4
 
 # ------------------------------------------------------------------------------------------ shape
 
@@ -381,7 +381,8 @@ def load_model(
     """Load a checkpoint folder or Hub id, frozen, in evaluation mode.
 
     dtype: None is what default_dtype says. bits = 4 turns the linear layers of the
-    blocks into NF4 as they arrive, so that the host never holds more than one tensor of the file.
+    blocks into NF4 as they arrive, so that the host never holds more than one tensor of the file;
+    a CPU with room for it then keeps them unpacked, too (quant.keep_dense).
 
     Raises: ValueError, in one line, for whatever is missing, malformed or not supported.
     """
@@ -403,7 +404,10 @@ def load_model(
                 set_weight(model, name, weight, bits)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    return model.to(device).eval(), chat
+    model = model.to(device).eval()
+    if bits == 4:
+        keep_dense(model)
+    return model, chat
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

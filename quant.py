@@ -25,6 +25,7 @@ and once more in the backward pass; in between only the codes exist:
 
     y = x W^T,        dx = dy W,        nothing for W
 
+On a CPU that saves no time, only memory; so where memory is plenty W stays unpacked (keep_dense).
 On CUDA two Triton kernels do the unpacking. What they move to and from memory for 16-bit x, in
 bytes a weight, beside x, y and the partial sums of y:
 
@@ -37,6 +38,7 @@ Left out: other block sizes, FP4, a gradient to W, bitsandbytes' file format.
 Letters: N outputs, K inputs, n = N K weights, M rows of x.
 """
 
+import os
 from collections import namedtuple
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +57,7 @@ except ImportError:
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a second scale
 TILE = 1 << 20  # weights handled at a time on the CPU: 4 MB of float32, which stays in the cache
+DENSE_SHARE = 1 / 4  # of a machine's memory, which unpacked weights may take beside their codes
 TINY = 1e-38  # stands in for the scale of an all-zero block
 
 # The most rows of x for the kernel that never writes W; float32 has no tensor cores. NOT MEASURED:
@@ -237,11 +240,15 @@ def nf4_matmul(x: Tensor, q: NF4Weight) -> Tensor:
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer on an NF4Weight and maybe a plain bias (N,): x (..., K) -> (..., N)."""
+    """A frozen linear layer on an NF4Weight and maybe a plain bias (N,): x (..., K) -> (..., N).
+
+    dense: the weight (N, K) that the codes stand for, where keep_dense has put it, or None.
+    """
 
     def __init__(self, q: NF4Weight, bias: nn.Parameter | None = None):
         super().__init__()
         self.bias = bias
+        self.dense: Tensor | None = None
         self.out_features, self.in_features = q.shape
         self.dtype = q.dtype
         for name in ("packed", "scale_code", "scale_max", "scale_mean"):
@@ -254,6 +261,8 @@ class NF4Linear(nn.Module):
         return NF4Weight(*buffers, (self.out_features, self.in_features), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.dense is not None and self.dense.dtype == x.dtype:
+            return F.linear(x, self.dense, self.bias)
         y = nf4_matmul(x, self.nf4)
         return y if self.bias is None else y + self.bias
 
@@ -262,7 +271,26 @@ class NF4Linear(nn.Module):
         exact = self.scale_max, self.scale_mean
         super()._apply(fn, recurse)
         self.scale_max, self.scale_mean = (t.to(self.packed.device) for t in exact)
+        self.dense = None
         return self
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.dense = None  # it was that of other codes
+
+
+def keep_dense(model: nn.Module) -> None:
+    """On a CPU, keep beside the codes what they stand for, if that takes a part of its memory only.
+
+    Same as without it, but W is not unpacked anew for every product, which is most of the time of
+    one with a few rows. The limit is one of the machine, not of what is free just now, so that the
+    same run is computed in the same way again.
+    """
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear) and not m.packed.is_cuda]
+    size = sum(m.out_features * m.in_features * m.dtype.itemsize for m in layers)
+    if size <= DENSE_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        for layer in layers:
+            layer.dense = dequantize_nf4(layer.nf4)
 
 
 # -------------------------------------------------------------------------------- the same, on CUDA

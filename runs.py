@@ -58,9 +58,10 @@ SAME_KIND = (  # what a run and the one that it goes on from after an edit of th
 OBJECTIVES = ("genpi", "sft", "pg", "prepend", "seqkd", "kld", "seqkd+kld")
 PG_TARGETS = ("prompt+reason", "prompt", "reason", "reason-given-prompt", "prompt-given-reason")
 LATER = {  # flags that a folder of an earlier version lacks, and what it did
-    "objective": "genpi", "pg_target": "prompt+reason", "prepend_prob": 1.0,
+    "objective": "genpi", "pg_target": "prompt+reason", "prepend_prob": 1.0, "dtype": "float32",
     "full": False,
 }  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
 HERE = Path(__file__).resolve().parent
 ELSEWHERE = "choose another folder with --out"
 ANEW = "make the run anew, with another --out"
@@ -326,6 +327,7 @@ class Run:
     model_path: str  # the folder that it was; of the embedded model its name beside this file
     model_sha256: str
     bits: int
+    dtype: str
     device: str
     samples: int
     held_out: int
@@ -381,7 +383,7 @@ def load_run(folder: Path, device: str | None = None, model: str | None = None) 
         told = "no args.json, so it is no run folder; give the --out of an earlier run"
         raise ValueError(f"{folder}: {told}")
     args = read_json(path, ANEW, FLAGS, LATER)
-    names = {"task": TASKS, "objective": OBJECTIVES, "pg_target": PG_TARGETS}
+    names = {"task": TASKS, "objective": OBJECTIVES, "pg_target": PG_TARGETS, "dtype": DTYPES}
     for flag, known in names.items():
         if args[flag] not in known:
             raise ValueError(f"{path}: no {flag} is called {args[flag]}; {ANEW}")

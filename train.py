@@ -327,7 +327,7 @@ def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llam
         told = "has no finished adapter; run genpi.py with the same flags to finish it"
         raise ValueError(f"{run.folder}: {told}")
     folder = base_folder(run)
-    model, chat = loaded or load_model(folder, run.device, bits=run.bits)
+    model, chat = loaded or load_model(folder, run.device, getattr(torch, run.dtype), run.bits)
     load = full.load_weights if run.full else lora.load_adapter
     try:
         load(model, run.folder)  # its base is told by its hash: places may change
