@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-import genpi
 import runs
+from arguments import build_parser
 from experiments.cells import (
     CELLS,
     WAYS,
@@ -201,7 +201,7 @@ def command(argv: list[str]) -> None:
     add("--seeds", type=WHOLE, default=3, help="each makes records of its own")
     add("--problems", type=WHOLE, default=102, help="on the imaginary machine, a seed")
     own, rest = parser.parse_known_args(argv[1:])
-    said = genpi.build_parser().said(rest)
+    said = build_parser().said(rest)
     plan = planned(own.out, own.seeds, own.problems, said)
     make(plan)
     found = [
