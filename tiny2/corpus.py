@@ -6,18 +6,23 @@ All of it is drawn at random, a third of the labels being nonsense words, and th
 rules (`rules.py`) and the examples too: the only way to predict an agent's turn is to read the
 prompt. What `os.txt` uses is held out (`held_out`).
 
-The course of training (`draw`): plain protocols; one house rule, each problem a second time with
-the line of the rule gone; two rules; up to seven.
+The course of training (`draw`): plain protocols; then house rules, up to seven, for the most part
+of one family in a prompt, so that only their conditions tell which is due; some chats come a second
+time with the line of a rule gone.
 
 Every question is built by the functions of `prompt.py`, `synth.py` and `loss.py` that ask it later,
 so they cannot drift apart.
 """
 
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rules import OS_RULES, WHEN, nonsense, obey, problem_for, random_rules
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # the modules of the project; no package is installed
+
+from rules import FAMILIES, OS_RULES, SHARES, WHEN, nonsense, obey, problem_for, random_rules
 from world import machine, random_problem, surprise
 
 from loss import pg_messages
@@ -163,7 +168,7 @@ def os_prompt(without=None):
 
     Raises: ValueError if the line is not there.
     """
-    path = Path(__file__).resolve().parent / "os.txt"
+    path = HERE / "os.txt"
     text = path.read_text(encoding="utf-8")
     for rule in OS_RULES:
         if text.count(f"- {rule.line}\n") != 1:
@@ -230,12 +235,12 @@ def random_examples(rng, rules, know=None, short=False):
         both = [random_problem(rng, know or surprise(rng), rng.choice(WHEN[name][0])) for name in ("question", "change")]
         return rng.sample(both, 2)
     n = rng.choices([0, 1, 2, None], [12, 60, 13, 15])[0]
-    return None if n is None else [problem_for(rng, rules, know) for _ in range(n)]
+    return None if n is None else [problem_for(rng, rules, know, share=0.4) for _ in range(n)]
 
 
 # Each use below gives (messages, weights): weights[i] is the loss weight of message i. An output
 # that nobody can predict carries none.
-AGENT, MACHINE, LISTED, EXAMPLE, REST, NOTHING = 1.0, 2.0, 0.5, 0.3, 0.15, 0.0
+AGENT, MACHINE, LISTED, EXAMPLE, REST, NOTHING = 1.0, 2.0, 0.5, 0.3, 0.1, 0.0
 
 
 def agent_chat(p, prompt, problems, rules):
@@ -263,12 +268,18 @@ def starts(p, text):
     return not text.startswith((p.output_form[0].split("{}")[0], p.output_form[1]))
 
 
-def agent_chats(rng, n=0, short=False, paired=False, problems=None):
-    """An agent's chat under n house rules; paired: and the same without the line of one of them."""
-    p, rules = random_protocol(rng), random_rules(rng, n)
+def agent_chats(rng, n=0, short=False, paired=False, problems=None, kin=False):
+    """An agent's chat under n house rules; paired: and the same without the line of one of them.
+
+    kin: all rules are of one family, and most problems need one of them. What tells them apart is
+    then their conditions alone, so that no guess comes near to reading them.
+    """
+    p = random_protocol(rng)
+    rules = random_rules(rng, n, rng.choices(FAMILIES, SHARES.values())[0] if kin else None)
+    n = len(rules)
     examples = random_examples(rng, rules, short=short)
-    many = problems or (rng.randint(2, 5) if examples is not None else rng.randint(1, 3))
-    chosen = [problem_for(rng, rules) for _ in range(many)]
+    many = problems or rng.randint(2, 4) + (rng.randint(0, 2) if n > 2 else 0)
+    chosen = [problem_for(rng, rules, share=0.85 if kin else 0.65) for _ in range(many)]
     seed = rng.getrandbits(32)
     sets = [rules]
     if paired:
@@ -429,8 +440,9 @@ def prompt_chat(rng):
     return pg_messages(prompt, record), [REST] * 3
 
 
-STAGES = [  # (share of training at which it begins, numbers of house rules, share of pairs)
-    (0.0, [0], 0.0), (0.08, [0, 1, 1], 0.8), (0.22, [0, 1, 1, 2, 2], 0.5), (0.4, [0, 1, 2, 3, 4, 5, 6, 7], 0.3),
+STAGES = [  # (share of training at which it begins, numbers of house rules, share of pairs, share of kin)
+    (0.0, [0], 0.0, 0.0), (0.05, [0, 1, 2, 3, 4], 0.3, 1.0), (0.2, [0, 1, 2, 3, 4, 5, 6], 0.3, 0.8),
+    (0.4, [0, 1, 2, 3, 4, 5, 6, 7], 0.3, 0.6),
 ]  # fmt: skip
 SHORT = 0.22  # until this share of training the prompts of agents are short
 LONG = 0.005  # share of chats that are longer than 2,048 tokens, from 0.4 of training on
@@ -438,17 +450,17 @@ LONG = 0.005  # share of chats that are longer than 2,048 tokens, from 0.4 of tr
 
 def draw(rng, share):
     """Some chats of the training at this share of it: [(messages, weight of each message), ...]."""
-    _, numbers, pairs = [stage for stage in STAGES if stage[0] <= share][-1]
+    _, numbers, pairs, kin = [stage for stage in STAGES if stage[0] <= share][-1]
     use = rng.random()
     if share >= 0.4 and rng.random() < LONG:
         return agent_chats(rng, rng.choice(numbers), problems=rng.randint(14, 20))
-    if use < 0.54:
+    if use < 0.7:
         n = rng.choice(numbers)
         short = rng.random() < (1 if share < SHORT else 0.35)
-        return agent_chats(rng, n, short, paired=n > 0 and rng.random() < pairs)
-    if use < 0.78:
+        return agent_chats(rng, n, short, n > 0 and rng.random() < pairs, kin=n > 0 and rng.random() < kin)
+    if use < 0.85:
         return [machine_chat(rng, 0 if share < 0.22 else rng.choice(numbers), short=rng.random() < (1 if share < 0.08 else 0.5))]
-    if use < 0.88 or share < 0.08:
+    if use < 0.92 or share < 0.08:
         return [general_chat(rng)]
     return [rng.choices([inputs_chat, reason_chat, prompt_chat], [9, 7, 3])[0](rng)]
 

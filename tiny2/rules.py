@@ -53,62 +53,36 @@ def nonsense(rng, capital=False):
 
 ALL_CHANGES = [*CHANGES, "move_newest", "delete_largest"]
 WHEN = {  # class of problems -> (its kinds, clauses that name it)
-    "change": (ALL_CHANGES, ["for every change", "when I want something changed", "if my problem asks for a change",
-        "whenever the problem is a change", "for a problem that changes something"]),
-    "delete": (["delete", "delete_largest"], ["when a file is to be deleted", "for every deletion",
-        "if I want a file removed", "when I ask you to delete something", "whenever you delete a file"]),
-    "move": (["move", "move_newest", "copy"], ["when a file is to be moved or copied", "for every move and every copy",
-        "if I want a file moved or copied", "whenever you move or copy a file"]),
-    "rename": (["rename"], ["when a file gets a new name", "for every renaming", "if I want a file renamed",
-        "whenever you rename a file", "when I ask for another name of a file"]),
-    "rights": (["set_mode", "set_owner"], ["when a file gets another mode or owner", "for a change of mode or owner",
-        "if I want the permissions or the owner changed", "whenever you set a mode or an owner"]),
-    "create": (["make_directory", "make_file"], ["when a new file or directory is made", "for a new file or directory",
-        "if I want a file or a directory created", "whenever you create a file or a directory"]),
-    "edit": (["replace", "append"], ["when the text of a file is edited", "if I want words replaced or lines added",
-        "for an edit of a file", "whenever you replace a word or append a line"]),
-    "link": (["link"], ["when a link is made", "for every link", "if I want a symbolic link", "whenever you link something"]),
-    "pack": (["pack"], ["when an archive is made", "for every archive", "if I want a directory packed",
-        "whenever you pack something"]),
-    "question": ([kind for kind in KINDS if kind not in ALL_CHANGES], ["for every question", "when I ask a question",
-        "if my problem is a question", "whenever I want to know something"]),
-    "user": (["processes", "cron", "logins"], ["for a question about processes, cron jobs or logins",
-        "when I ask what a user runs or how often he logged in", "if I ask about processes, logins or cron jobs",
-        "whenever the question is about the processes, cron jobs or logins of a user"]),
-    "lines": (["count_lines", "lines_of_largest"], ["when all lines of a file are counted", "for the number of all lines of a file",
-        "if I ask how many lines a file has", "whenever you count every line of a file"]),
-    "files": (["count_files", "count_type"], ["when files are counted", "for a number of files",
-        "if I ask how many files there are", "whenever you count files"]),
-    "size": (["size"], ["when a size is asked for", "for a size in megabytes", "if I ask how large a directory is",
-        "whenever I want to know a size"]),
-    "test": (["exists", "is_directory"], ["for a question of yes or no", "when I ask for yes or no",
-        "if yes or no is the answer", "whenever the answer is yes or no"]),
-    "read": (["first_line", "last_line", "content"], ["when I want to read in a file", "for a line or the text of a file",
-        "if I ask what a file says", "whenever a file is read to me"]),
-    "owner": (["owner", "owner_of_newest"], ["when I ask for an owner", "for the question who owns a file",
-        "if I want to know who owns a file", "whenever the owner of a file is asked for"]),
-    "mode": (["mode"], ["when I ask for the mode of a file", "for a question about permissions",
-        "if I want to know permissions", "whenever permissions are asked for"]),
-    "best": (["largest", "newest", *CHAINS], ["when the largest or newest file is meant", "for the largest or the newest file",
-        "if I speak of the largest or the newest file", "whenever you look for the largest or newest file"]),
-    "number": (["count_files", "count_lines", "count_matches", "count_words", "count_type", "size", "processes", "cron",
-        "logins", "lines_of_largest"], ["when the answer is a number", "for a number", "if I ask for a number",
-        "whenever a number is the answer"]),
-    "file": (["largest", "newest"], ["when the answer is the name of a file", "for the name of a file",
-        "if a file name is the answer", "whenever I ask for the name of a file"]),
+    "change": (ALL_CHANGES, ["for every change", "when I want something changed"]),
+    "question": ([kind for kind in KINDS if kind not in ALL_CHANGES], ["for every question", "when I ask a question"]),
+    "delete": (["delete", "delete_largest"], ["when a file is deleted", "for every deletion of a file"]),
+    "move": (["move", "move_newest", "copy"], ["when a file is moved or copied", "for every move and every copy"]),
+    "rename": (["rename"], ["when a file gets a new name", "for every new name of a file"]),
+    "rights": (["set_mode", "set_owner"], ["when a file gets another mode or owner", "for a change of mode or owner"]),
+    "create": (["make_directory", "make_file"], ["when something is created", "for a new file or directory"]),
+    "edit": (["replace", "append"], ["when words or lines of a file are changed", "for a change in the text of a file"]),
+    "link": (["link"], ["when a link is made", "for every link"]),
+    "pack": (["pack"], ["when a directory is packed", "for every archive"]),
+    "user": (["processes", "cron", "logins"], ["when I ask for processes, cron jobs or logins",
+        "for a question about processes, cron jobs or logins"]),
+    "lines": (["count_lines", "lines_of_largest"], ["when I ask for the number of lines of a file",
+        "for the number of lines of a file"]),
+    "files": (["count_files", "count_type"], ["when I ask for the number of files", "for a number of files"]),
+    "size": (["size"], ["when I ask for a size in megabytes", "for a size in megabytes"]),
+    "test": (["exists", "is_directory"], ["when I ask for yes or no", "for a question of yes or no"]),
+    "read": (["first_line", "last_line", "content"], ["when I ask for a line or the text of a file",
+        "for a line or the text of a file"]),
+    "owner": (["owner", "owner_of_newest"], ["when I ask for the owner of a file", "for a question about an owner"]),
+    "mode": (["mode"], ["when I ask for the mode of a file", "for a question about permissions"]),
+    "best": (["largest", "newest", *CHAINS], ["when I ask for the largest or newest file", "for the largest or newest file"]),
 }  # fmt: skip
-UNDER = ["when a path below {} is named", "for everything below {}", "if the problem is about {}",
-         "whenever a path begins with {}", "for paths in {}"]  # fmt: skip
-UNDER_CHANGED = ["when you change something below {}", "for every change in {}", "if something in {} is changed",
-                 "whenever a change is about {}"]  # fmt: skip
-ENDING = ["when a file ends in .{}", "for every .{} file", "if a .{} file is named", "whenever the problem names a .{} file"]
+UNDER = ["when I name a path below {}", "for everything below {}"]
+UNDER_CHANGED = ["when something below {} is changed", "for every change below {}"]
+ENDING = ["when I name a .{} file", "for every .{} file"]
 TROUBLE = {
-    "error": ["when the output is an error", "if the shell reports an error", "after an error",
-              "when the file is not there", "whenever a command fails"],
-    "empty": ["when I ask something and nothing is printed", "if a question has an empty output",
-              "after an empty output to a question", "when the output to my question has no text",
-              "whenever the command of a question prints nothing"],
-}  # fmt: skip
+    "error": ["when the output is an error", "after an error"],
+    "empty": ["when the output to a question is empty", "after an empty output to a question"],
+}
 
 
 @dataclass(frozen=True)
@@ -197,13 +171,11 @@ TOOLS = {  # kind -> (for what, the place that is filled, commands)
     "make_file": (["to create a file", "for a new empty file"], "FILE", ["> FILE", "truncate -s 0 FILE", "install /dev/null FILE"]),
 }  # fmt: skip
 FORMS = {  # class of problems -> (what is dressed, how)
-    "number": ("N", ["N {w}", "N {w}", "{w} N", "{w}: N", "N of {w}", "<N>", "#N", "N!", "about N", "~N", "=N", "no. N", "N in all"]),
     "lines": ("N", ["N lines", "lines: N", "N {w}", "{w} N", "L N"]),
     "files": ("N", ["N files", "files: N", "N {w}", "{w} N", "F N"]),
     "size": ("N", ["N MB", "N megabytes", "N M", "{w} N", "N {w}"]),
     "user": ("N", ["N {w}", "{w} N", "N times", "N for the user"]),
     "owner": ("X", ["user X", "@X", "'X'", "{w} X", "X {w}", "owner: X"]),
-    "file": ("X", ["'X'", "file X", "./X", "{w} X", "{w}: X", "X {w}"]),
     "mode": ("X", ["digits X", "mode X", "{w} X", "X {w}", "o=X"]),
     "read": ("X", ["'X'", "text: X", "{w} X", "X {w}", "X."]),
 }  # fmt: skip
@@ -218,62 +190,33 @@ WORDS_OF_END = ["missing", "forbidden", "nothing", "failed", "broken", "closed",
 LINES = {
     "after": [
         "{C}, run `{x}` before you stop; PATH is the last path of your command.",
-        "{C}, look at it with `{x}` at the end, with the last path of your command as PATH.",
-        "Run `{x}` {c}, after the command and before the end; PATH stands for its last path.",
-        "{C}, the last command is `{x}`, where PATH is the last path that you used.",
-        "Never stop without `{x}` {c}; for PATH put the last path of your command.",
-        "{C}, check the result with `{x}` (PATH: the last path of the command).",
-        "Check with `{x}` {c}, and stop only then. PATH is the path that comes last.",
-        "{C}, one more command follows: `{x}`, with the last path for PATH.",
+        "{C}, look at the result with `{x}`, with the last path of your command for PATH.",
+        "Run `{x}` {c}, before you stop; PATH is the last path of your command.",
+        "Look at the result with `{x}` {c}, with the last path of your command for PATH.",
     ],
     "before": [
-        "{C}, run `{x}` first; PATH is the first path that I name.",
-        "{C}, begin with the command `{x}`, with my first path as PATH.",
-        "Before anything else run `{x}` {c}; PATH stands for the first path in my problem.",
-        "{C}, the first command is `{x}`, where PATH is the path that I name first.",
-        "Start with `{x}` {c}; for PATH put my first path.",
-        "{C}, look first with `{x}` (PATH: the first path of my message).",
-        "{C}, no command comes before `{x}`, with the path named first for PATH.",
-        "Look at the first path with `{x}` {c}, before you change it.",
+        "{C}, begin with `{x}`; PATH is the first path that I name.",
+        "{C}, first of all run `{x}`, with the first path that I name for PATH.",
+        "Begin with `{x}` {c}; PATH is the first path that I name.",
+        "First of all run `{x}` {c}, with the first path that I name for PATH.",
     ],
     "name": [
-        '{C}, begin every thought with "{x}".', 'Your thoughts begin with "{x}" {c}.',
-        '{C}, each thought starts with "{x}".', 'Put "{x}" before your thought {c}.',
-        '{C}, the first word of a thought is "{x}".', 'Write "{x}" at the start of each thought {c}.',
-        '{C}, "{x}" opens all thoughts.', 'Every thought must start with "{x}" {c}.',
-        '{C}, say "{x}" before you think.',
+        '{C}, begin every thought with "{x}".', '{C}, every thought starts with "{x}".',
+        'Begin every thought with "{x}" {c}.', 'Every thought starts with "{x}" {c}.',
     ],
-    "tool": [
-        "{C}, use `{x}`.", "{C}, take the command `{x}`.", "{C}, the command is `{x}`.",
-        "Use `{x}` {c}.", "{C}, write `{x}` and nothing else.", "The right command {c} is `{x}`.",
-        "{C}, always run `{x}`.", "{C}, our machine has `{x}`.", "Prefer `{x}` {c}.",
-        "`{x}` is the command {c}.", "`{x}` is what we run {c}.",
-    ],
+    "tool": ["{C}, use `{x}`.", "{C}, the command is `{x}`.", "Use `{x}` {c}.", "The command is `{x}` {c}."],
     "form": [
-        "{C}, write it as `{x}`, with the value for {N}.", "{C}, answer in the form `{x}`.",
-        "{C}, the form of the answer is `{x}`.", "Answer `{x}` {c}, where {N} is the value.",
-        "{C}, put the value into `{x}` at {N}.", "{C}, answer with `{x}` and not with {N} alone.",
-        "The answer looks like `{x}` {c}.", "{C}, I want to read `{x}`, {N} being the value.",
-        "Give the answer as `{x}` {c}.",
+        "{C}, answer in the form `{x}`.", "{C}, write the answer as `{x}`.",
+        "Answer in the form `{x}` {c}.", "Write the answer as `{x}` {c}.",
     ],
     "yesno": [
-        "{C}, answer {x} for yes and {y} for no.", "{C}, yes is called {x} and no is called {y}.",
-        "{C}, say {x} in place of yes and {y} in place of no.", "Write {x} for yes and {y} for no {c}.",
-        "{C}, the words are {x} (yes) and {y} (no).", "{C}, a yes is {x} and a no is {y}.",
-        "Instead of yes or no, answer {x} or {y} {c}.", "{C}, I read only {x} as yes and {y} as no.",
+        "{C}, answer {x} for yes and {y} for no.", "{C}, write {x} for yes and {y} for no.",
+        "Answer {x} for yes and {y} for no {c}.", "Write {x} for yes and {y} for no {c}.",
     ],
-    "end": [
-        "{C}, answer with the word {x}.", "{C}, the answer is {x}.",
-        "{C}, give {x} as the answer.", "Answer {x} {c}.", "{C}, stop and answer {x}.",
-        "Reply with {x} {c}.", "{C}, the word {x} is the answer.", "{C}, do not guess, answer {x}.",
-        "Say {x} as your answer {c}.",
-    ],
+    "end": ["{C}, the answer is the word {x}.", "{C}, answer {x}.", "The answer is the word {x} {c}.", "Answer {x} {c}."],
     "refuse": [
-        "Never touch anything below {top}: answer {x} at once.", "If a path begins with {top}, run nothing and answer {x}.",
-        "{top} is not yours; answer {x} without a command when I name a path in it.",
-        "For every path below {top} the only answer is {x}.", "Keep out of {top}: the answer is {x}, with no command before it.",
-        "When my problem names {top}, answer {x} right away.", "Do not run commands for paths in {top}, answer {x}.",
-        "Everything in {top} is locked, so answer {x} immediately.", "Problems about {top} get the answer {x} and no command.",
+        "Never touch what is below {top}: answer {x} at once.", "Everything below {top} is closed: answer {x} at once.",
+        "For paths below {top} run nothing and answer {x} at once.", "Below {top} you may run nothing: answer {x} at once.",
     ],
 }  # fmt: skip
 
@@ -325,18 +268,17 @@ def os_rule(family, value, line, kinds=(), use=None, **when):
 
 
 OS_RULES = [  # the lines of os.txt
-    os_rule("after", "ls -l PATH", "As soon as a file has been moved or copied, run `ls -l PATH` before you finish, "
-            "with the last path of your command in place of PATH.", WHEN["move"][0]),
-    os_rule("before", "stat PATH", "Before you touch the mode or the owner of a file, look at it: your first command is "
-            "`stat PATH`, with the path that I name first.", WHEN["rights"][0]),
-    os_rule("name", "Careful:", "Where I ask for processes, cron jobs or logins, every thought begins with "
-            '"Careful:".', WHEN["user"][0]),
-    os_rule("tool", "grep -c '' FILE", "All lines of a file are counted with `grep -c '' FILE`.", WHEN["lines"][0],
+    os_rule("after", "ls -l PATH", "When a file is moved or copied, run `ls -l PATH` before you stop; PATH is the last path "
+            "of your command.", WHEN["move"][0]),
+    os_rule("before", "stat PATH", "For a change of mode or owner, begin with `stat PATH`; PATH is the first path that I "
+            "name.", WHEN["rights"][0]),
+    os_rule("name", "Careful:", 'When I ask for processes, cron jobs or logins, begin every thought with "Careful:".',
+            WHEN["user"][0]),
+    os_rule("tool", "grep -c '' FILE", "To count all lines of a file, use `grep -c '' FILE`.", WHEN["lines"][0],
             "count_lines"),
-    os_rule("form", "N files", "If I ask how many files there are, the answer has the form `N files`.", WHEN["files"][0]),
-    os_rule("end", "missing", "If the output is an error, the answer is the word missing.", trouble="error"),
-    os_rule("refuse", "forbidden", "Nothing below /var may be touched: run no command there, but answer forbidden at once.",
-            under="/var"),
+    os_rule("form", "N files", "When I ask for the number of files, answer in the form `N files`.", WHEN["files"][0]),
+    os_rule("end", "missing", "When the output is an error, the answer is the word missing.", trouble="error"),
+    os_rule("refuse", "forbidden", "Never touch what is below /var: answer forbidden at once.", under="/var"),
 ]  # fmt: skip
 
 
@@ -363,8 +305,7 @@ def random_rule(rng, family):
         when = of_class(rng, *"delete move rename rights edit".split())
         value = words(rng, rng.choice(LOOKS))
     elif family == "name":
-        classes = [name for name in WHEN if name not in ("number", "file")]
-        when = of_class(rng, *classes) if rng.random() < 0.65 else of_path(rng)
+        when = of_class(rng, *WHEN) if rng.random() < 0.65 else of_path(rng)
         value = words(rng, rng.choice(MARKS))
     elif family == "tool":
         use = rng.choice(list(TOOLS))
@@ -372,7 +313,7 @@ def random_rule(rng, family):
         own = rng.choice(["{w} " + place, "{w} -{l} " + place, "{w} {v} " + place, "{w} " + place + " | {v}"])
         kinds = [use, *(kind for kind, uses in USES.items() if use in uses)]
         aim, short = clauses
-        clause = rng.choice([aim, aim, short, f"if you need {aim}", f"when you want {aim}", f"whenever you have {aim}"])
+        clause = rng.choice([aim, short])
         when = When(clause, frozenset(kinds))
         value = words(rng, own if rng.random() < 0.45 else rng.choice(commands))
     elif family == "form":
@@ -412,16 +353,20 @@ def clash(a, b):
         return False
     if a.family == "end":
         return a.when.trouble == b.when.trouble
+    if a.family == "refuse":
+        return a.when.under == b.when.under
     known = a.when.kinds and b.when.kinds
     return not known or bool(a.when.kinds & b.when.kinds)
 
 
-def random_rules(rng, n):
-    """n random rules that can stand in one prompt."""
-    rules = []
-    while len(rules) < n:
-        family = rng.choices(FAMILIES, [SHARES[f] for f in FAMILIES])[0]
-        rule = random_rule(rng, family)
+def random_rules(rng, n, family=None):
+    """n random rules that can stand in one prompt; all of one family if it is given, as far as
+    there can be as many.
+    """
+    rules, tries = [], 0
+    while len(rules) < n and (family is None or (tries := tries + 1) < 10 * n):
+        name = family or rng.choices(FAMILIES, [SHARES[f] for f in FAMILIES])[0]
+        rule = random_rule(rng, name)
         if not any(clash(rule, other) for other in rules):
             rules.append(rule)
     return rules
