@@ -2,19 +2,28 @@
 
     python tests/bench.py step continuations               on a CPU (a quarter of an hour)
     python tests/bench.py --device cuda nf4 decode step    on a GPU
-    python tests/bench.py cost                             ours alone: how the cost grows
     python tests/bench.py step continuations --alone --config llama1b     ours alone, another shape
+    python tests/bench.py step chat nucleus --dtype bfloat16              in another type
+    python tests/bench.py grows                            ours alone: how the cost grows
+    python tests/bench.py first --rounds 1                 the first command, and what came out
+    python tests/bench.py packing --run runs/os            no clock: how much of a batch is padding
 
 step            one optimiser step of SFT + PG, LoRA of rank 16: real tokens a second, peak memory
 continuations   64 rows write 64 tokens each after a prompt of 500 tokens that all share
+nucleus         16 rows at temperature 1 and nucleus 0.9, beside the same rows written greedily
+chat            1 row writes 64 tokens: dense weights, NF4 unpacked once, NF4 for every product
 decode          1 row and 64 rows write 128 tokens each
 nf4             y = x W^T with an NF4 weight, 1 and 8 rows
-cost            an optimiser step against samples, prompt length and vocabulary
+first           python genpi.py --prompt os.txt, whole
+packing         padded tokens for a real one over a training, which bounds what packing could win
+grows           time and memory against samples, prompt, vocabulary, rows and model, of the embedded
+                model's shape: seconds of one processor, which other work on it does not change much
 
-On a CPU the shape is SmolLM2-135M's in float32, on a GPU Llama-3-8B's in NF4. The weights are
-random, for speed does not depend on them, and lie in a checkpoint that both sides load with their
-own from_pretrained or load_model. The batch is real: records of `python genpi.py --prompt os.txt`
-(fixtures/records.jsonl), on a GPU with a prompt made 1,400 tokens long.
+On a CPU the shape is SmolLM2-135M's in float32 (--dtype: another type, of both sides), on a GPU
+Llama-3-8B's in NF4. The weights are random, for speed does not depend on them, and lie in a
+checkpoint that both sides load with their own from_pretrained or load_model. The batch is real:
+records of `python genpi.py --prompt os.txt` (fixtures/records.jsonl), on a GPU with a prompt made
+1,400 tokens long.
 
 Ours and the peer's take turns, --rounds times, each in a process of its own, since peak memory
 belongs to a process. Printed are medians (smallest to largest); --out takes all values as JSON.
@@ -25,6 +34,7 @@ Needs beyond requirements.txt: transformers and peft; bitsandbytes on a GPU.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import resource
@@ -43,15 +53,17 @@ from safetensors.torch import save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import genpi  # noqa: E402
 import lora  # noqa: E402
 import quant  # noqa: E402
 from chat import Chat  # noqa: E402
+from files import read_json  # noqa: E402
 from loss import padded, pg_sequence, sft_sequence  # noqa: E402
 from model import Config, Llama, load_model  # noqa: E402
 from prompt import Prompt  # noqa: E402
-from runs import read_records  # noqa: E402
+from runs import DTYPES, read_records  # noqa: E402
 from sampler import Sampling, Voice, say  # noqa: E402
-from train import Recipe, micro_batches, train_step  # noqa: E402
+from train import Recipe, draw_share, micro_batches, sample_order, train_step  # noqa: E402
 
 SMOL = Config(  # SmolLM2-135M
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -71,7 +83,8 @@ QWEN = replace(  # Qwen2.5-0.5B, but for its bias of q, k and v
     LLAMA1B, vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
     num_attention_heads=14, num_key_value_heads=2,
 )  # fmt: skip
-CONFIGS = {"smol": SMOL, "qwen0.5b": QWEN, "llama1b": LLAMA1B, "llama3": LLAMA3}
+TINY = Config.from_dict(read_json(ROOT / "tiny" / "config.json"))
+CONFIGS = {"tiny": TINY, "smol": SMOL, "qwen0.5b": QWEN, "llama1b": LLAMA1B, "llama3": LLAMA3}
 BF16_PEAK = 990e12  # operations/s of an H200's tensor cores, dense, by its data sheet
 RANK, ALPHA, DROPOUT, LAM = 16, 32, 0.05, 0.7
 LONG = 1400  # tokens of the paper's prompts, with Llama 3's tokenizer
@@ -105,7 +118,8 @@ def write_checkpoint(config: Config, folder: Path) -> None:
 
 
 def load_ours(args, adapter: bool):
-    model, _ = load_model(args.folder, args.device, bits=args.bits)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    model, _ = load_model(args.folder, args.device, dtype, args.bits)
     if adapter:
         lora.add_lora(model, RANK, ALPHA, DROPOUT).train()
         model.checkpointing = args.checkpointing
@@ -116,7 +130,8 @@ def load_peer(args, adapter: bool):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    how = {"dtype": torch.bfloat16 if args.device == "cuda" else torch.float32}
+    dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    how = {"dtype": getattr(torch, dtype)}
     if args.bits == 4:
         how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -217,15 +232,18 @@ class Ids:
 
 def generation(args) -> dict:
     """rows x new greedy tokens after a prompt of which `shared` tokens are the same in all rows."""
-    model = (load_ours if args.who == "ours" else load_peer)(args, adapter=False)
+    model = (load_peer if args.who == "peer" else load_ours)(args, adapter=False)
+    if args.who == "packed":
+        model.to(model.lm_head.weight.dtype)  # a move, after which the codes alone are left
+    how = {"temperature": 1.0, "top_p": 0.9} if args.who == "nucleus" else {}
     draw = torch.Generator().manual_seed(1)
     own = torch.randint(3, 1000, (args.rows, 20), generator=draw)
     shared = torch.randint(3, 1000, (args.shared,), generator=draw).expand(args.rows, -1)
     ids = torch.cat((shared, own), 1)
 
     def write(new: int):
-        if args.who == "ours":
-            texts = say(Voice(model, Ids(), args.rows), ids.tolist(), Sampling(new))
+        if args.who != "peer":
+            texts = say(Voice(model, Ids(), args.rows), ids.tolist(), Sampling(new, **how))
             return [text.split() for text in texts]
         batch, fixed = ids.to(args.device), {"min_new_tokens": new, "max_new_tokens": new}
         options = fixed | {"do_sample": False, "pad_token_id": 0}
@@ -269,17 +287,71 @@ def nf4(args) -> dict:
             "relative_error": error.item()}  # fmt: skip
 
 
-def cost(args) -> dict:
-    """Seconds of an optimiser step of ours on the records, with p `times` as long."""
+def grows(args) -> dict:
+    """Processor seconds of an optimiser step of ours on some records, with p `times` as long, and
+    of 32 tokens in each of `rows` rows after p.
+    """
     torch.manual_seed(0)
     model = load_ours(args, adapter=True)
     optimizer = torch.optim.AdamW(lora.adapter_parameters(model), lr=1e-4)
     sft, pg = batch_of(args, args.records, times=args.times)
+    p = max(pg, key=len).ids[-args.times * 380 :]
     recipe = recipe_of(args)
-    train_step(model, optimizer, sft[:1], [], recipe)
-    seconds, _ = timed(args.device, lambda: train_step(model, optimizer, sft, pg, recipe))
-    tokens = sum(len(s.ids) for s in sft + pg)
-    return {"seconds": seconds, "tokens": tokens, "peak_bytes": peak(args.device)}
+
+    def step():
+        train_step(model, optimizer, sft, pg, recipe)
+
+    def write():
+        say(Voice(model, Ids(), args.rows), [p + [n + 9] for n in range(args.rows)], Sampling(32))
+
+    work = {"step": step, "write": write}[args.part]
+    work()  # the second time finds its memory mapped already
+    start = time.process_time()
+    work()
+    return {"processor_seconds": time.process_time() - start, "peak_bytes": peak(args.device)}
+
+
+def first(args) -> dict:
+    """The first command in a folder of its own: seconds of its stages, and what came out."""
+    flags = ["--prompt", str(ROOT / "os.txt"), "--dtype", args.dtype or "auto"]
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(sys.stderr):
+        out = Path(scratch) / "os"
+        seconds, code = timed("cpu", lambda: genpi.main([*flags, "--out", str(out)]))
+        assert code == 0
+        told = read_json(out / "report.json")
+    loop = told["closed_loop"]["conversations"]
+    kept = {"seconds": told["seconds"], "nll": told["nll"], "recall": told["recall"]["ratio"]}
+    agreed = {"first": told["agreement"]["adapter"]["k"], "closed_loop": loop["k"], "of": loop["n"]}
+    return {"whole_seconds": seconds, "peak_bytes": peak("cpu"), "agreement": agreed} | kept
+
+
+def packing(args) -> dict:
+    """Tokens that a training computes for each real one; rows without padding would compute one.
+
+    So it bounds what packed rows could win where time is linear in the tokens; their attention, to
+    which a mask of blocks is new work, comes on top. Of the first command's settings and the
+    paper's.
+    """
+    chat = Chat(ROOT / "tiny", 8192)
+    run = Path(args.run) if args.run else ROOT / "tests" / "fixtures"
+    rows = read_records(run / ("data.jsonl" if args.run else "records.jsonl"), mend=False)
+    rows = [r for r in rows if not (r.overlong or r.no_reason)]
+    prompt = Prompt((ROOT / "os.txt").read_text(encoding="utf-8"))
+    both = [sft_sequence(chat, r) for r in rows], [pg_sequence(chat, prompt, r) for r in rows]
+    found = {}
+    for name, batch, share in (("first_command", 8, 1 / 8), ("paper", 32, 1.0)):
+        recipe = Recipe(batch=batch, pg_share=share, epochs=4)
+        order = sample_order(len(rows), recipe.epochs, 0)
+        real, computed = 0, 0
+        for step in range(len(order) // batch):
+            taken = order[step * batch : (step + 1) * batch]
+            sft, pg = ([each[i] for i in taken] for each in both)
+            for some in (sft, draw_share(pg, recipe, step)):
+                for micro in micro_batches(some, recipe.micro_tokens):
+                    real += sum(map(len, micro))
+                    computed += len(micro) * len(micro[0])
+        found[f"{name}_computed_for_a_real_token"] = computed / real
+    return found | {"records": len(rows)}
 
 
 def timed(device: str, work):
@@ -315,20 +387,39 @@ def races(figure: str, cuda: bool, config: str | None) -> list[dict]:
     if figure == "decode":
         settings = {"work": "generation", "shared": 100, "new": 128}
         return [shape | settings | {"name": f"decode, rows {n}", "rows": n} for n in (1, 64)]
+    if figure == "nucleus":
+        settings = {"work": "generation", "rows": 16, "shared": 500, "new": 64}
+        return [shape | settings | {"sides": ("nucleus", "greedy")}]
+    if figure == "chat":
+        settings = shape | {"work": "generation", "rows": 1, "shared": 100, "new": 64}
+        nf4 = {"bits": 4, "name": "chat, NF4", "sides": ("unpacked", "packed")}
+        return [settings | {"name": "chat, 16 bits", "alone": True}, settings | nf4]
+    if figure in ("first", "packing"):
+        return [{"name": figure, "work": figure, "alone": True}]
     if figure == "nf4":
         cases = [(n, k, rows) for n, k in MATRICES for rows in (1, 8)]
         name = "nf4 {} x {}, rows {}"
         return [{"work": "nf4", "name": name.format(*case), "matrix": case} for case in cases]
-    base = shape | {"alone": True, "records": 2, "times": 1}
-    vary = [{"records": n} for n in (1, 2, 4)] + [{"times": n} for n in (1, 2, 4)]
+    base = shape | {"alone": True, "records": 2, "times": 1, "rows": 16, "part": "step"}
+    base |= {"config": config or "tiny", "threads": 1}
+    vary = [{"records": n} for n in (2, 4, 8, 16, 32)] + [{"times": n} for n in (1, 2, 4)]
     vary += [{"vocabulary": n} for n in (12288, 24576, 49152, 98304)]
-    return [base | v | {"name": "cost, {} {}".format(*next(iter(v.items())))} for v in vary]
+    write = [{"rows": n} for n in (1, 4, 16, 64)] + [{"times": n} for n in (1, 2, 4)]
+    vary += [{**v, "part": "write"} for v in write]
+    if not config:
+        vary += [
+            {"config": n, "part": part} for n in ("tiny", "smol") for part in ("step", "write")
+        ]
+    names = ["{} {}".format(*next(iter(v.items()))) for v in vary]
+    found = [base | v for v in vary]
+    return [s | {"name": f"{s['part']}, {n}"} for s, n in zip(found, names, strict=True)]
 
 
 def worker(settings: dict) -> None:
     args = argparse.Namespace(**{"checkpointing": False} | settings)
     torch.set_num_threads(args.threads)
-    work = {"step": step, "generation": generation, "nf4": nf4, "cost": cost}[args.work]
+    works = (step, generation, nf4, first, packing, grows)
+    work = {work.__name__: work for work in works}[args.work]
     print(json.dumps(work(args)))
 
 
@@ -343,22 +434,24 @@ def measure(settings: dict) -> dict:
 
 def race(settings: dict, rounds: int, found: dict) -> None:
     """Fill found[name] = {who: [results]} in turn, and print a line."""
-    sides = ("ours",) if settings.get("alone") else ("ours", "peer")
+    sides = settings.get("sides", ("ours", "peer"))
+    if settings["alone"]:
+        sides = sides[:1]
     rows = found[settings["name"]] = {who: [] for who in sides}
     for _ in range(rounds):
         for who in sides:
             rows[who].append(measure(settings | {"who": who}))
-    key = next(iter(rows["ours"][0]))
+    one = rows[sides[0]][0]
+    key = next(iter(one))
     for who in sides:
         print(f"{settings['name']:<28} {who:<5} {key} {spread([r[key] for r in rows[who]])}")
-    if "loss" in rows["ours"][0]:
-        losses = [[r["loss"] for r in rows[who]] for who in sides]
-        print(f"{'':<28} loss (SFT, PG) {losses[0][0]} {losses[1][0]}")
+    if "loss" in one:
+        print(f"{'':<28} loss (SFT, PG)", *(rows[who][0]["loss"] for who in sides))
     if len(sides) == 2:
-        ratio = [a[key] / b[key] for a, b in zip(rows["ours"], rows["peer"], strict=True)]
+        ratio = [a[key] / b[key] for a, b in zip(*rows.values(), strict=True)]
         ratio = [1 / r for r in ratio] if key == "microseconds" else ratio
         print(f"{'':<28} times as fast {spread(ratio)}")
-    if "peak_bytes" in rows["ours"][0]:
+    if "peak_bytes" in one:
         peaks = {who: [r["peak_bytes"] / 2**30 for r in rows[who]] for who in sides}
         print(f"{'':<28} peak GiB {', '.join(f'{w} {spread(p)}' for w, p in peaks.items())}")
 
@@ -368,13 +461,17 @@ def spread(values: list[float]) -> str:
 
 
 def main() -> None:
-    figures = ("step", "continuations", "decode", "nf4", "cost")
+    figures = ("step", "continuations", "nucleus", "chat", "decode", "nf4", "first", "packing")
+    figures += ("grows",)
     parser = argparse.ArgumentParser(description="Speed and memory beside the usual stack.")
     parser.add_argument("figures", nargs="*", metavar="FIGURE", help=", ".join(figures))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=2, help="of a CPU")
     parser.add_argument("--config", choices=sorted(CONFIGS), help="another shape than the device's")
+    parser.add_argument("--dtype", choices=DTYPES, help="of both sides; float32, on CUDA bfloat16")
+    parser.add_argument("--run", help="run folder whose records are counted by packing")
+    parser.add_argument("--micro-tokens", type=int, help="padded tokens of a forward pass")
     parser.add_argument("--alone", action="store_true", help="ours without the peer")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
@@ -384,16 +481,27 @@ def main() -> None:
     if not args.figures or not set(args.figures) <= set(figures):
         parser.error(f"figures are {', '.join(figures)}")
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else None
-    found: dict = {"machine": [platform.processor(), gpu], "torch": torch.__version__}
+    found: dict = {"machine": [processor(), gpu], "torch": torch.__version__}
+    found |= {"date": time.strftime("%Y-%m-%d"), "threads": args.threads, "dtype": args.dtype}
     with tempfile.TemporaryDirectory() as scratch:
         for figure in args.figures:
             for settings in races(figure, args.device == "cuda", args.config):
-                settings |= {"device": args.device, "threads": args.threads}
-                settings["alone"] = args.alone or settings.get("alone")
+                plain = {"device": args.device, "threads": args.threads, "dtype": args.dtype}
+                settings = plain | {"run": args.run} | settings
+                settings["alone"] = args.alone or settings.get("alone", False)
+                settings |= {"micro_tokens": args.micro_tokens} if args.micro_tokens else {}
                 if "config" in settings:
                     settings["folder"] = str(checkpoint_of(settings, Path(scratch)))
                 race(settings, args.rounds, found)
                 args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def processor() -> str:
+    """Its name, and whether it multiplies bfloat16 in a unit of its own."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    amx = any("amx_bf16" in line for line in lines)
+    return f"{(names or [platform.processor()])[0]}{', AMX' if amx else ''}"
 
 
 def checkpoint_of(settings: dict, scratch: Path) -> Path:
