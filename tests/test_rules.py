@@ -81,13 +81,14 @@ def test_a_word_that_is_no_command(capsys):
 @pytest.fixture(scope="module")
 def gold():
     """The module tiny2/gold.py, whose neighbours have names of their own."""
+    path = sys.path.copy()
     sys.path.insert(0, str(ROOT / "tiny2"))
     try:
         import gold
 
         yield gold
     finally:
-        sys.path.remove(str(ROOT / "tiny2"))
+        sys.path[:] = path
         for name in ("gold", "world", "rules", "corpus"):
             sys.modules.pop(name, None)
 
