@@ -232,7 +232,7 @@ def markdown(report: dict) -> str:
     both = bool(report["exam"]) and "before" in report["exam"][0]
     heads = ["rule of the prompt", "shown by samples", "obeyed without the prompt"]
     heads += ["by the earlier adapter", "gained, lost"] * both + ["nats/token"]
-    table = [heads, ["---"] * len(heads)]
+    table = []
     for row in report["exam"]:
         first, last = row["lines"] or (1, 0)
         lines = [nll[line] for line in range(first, last + 1) if line in nll]
@@ -242,8 +242,9 @@ def markdown(report: dict) -> str:
             tested = interval(row["before"]), f"{row['gained']}, {row['lost']}"
             table[-1] += tested if row["before"]["n"] else ("untested", "")
         table[-1] += [f"{statistics.mean(lines):.3f}" if lines else ""]
-    page = "\n".join(f"| {' | '.join(cells)} |" for cells in table)
-    return f"""{page}
+    page = [f"| {' | '.join(cells)} |" for cells in (heads, *table)]
+    page.insert(1, "|" + "---|" * len(heads))
+    return f"""{chr(10).join(page)}
 
 (a turn counts for a rule if the teacher acts otherwise in it once the rule is taken out of the \
 prompt; the last column says how well the rule is recited, which is not to obey it)"""
