@@ -28,7 +28,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 
@@ -36,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 import lora
+from checkpoint import hash_file, weight_files
 from files import append_row, check_kinds, read_rows, write_rows
 from flags import WHOLE, Flags, device_flag
 from prompt import conversation, student_messages
@@ -144,7 +144,8 @@ def speak(
 
 
 def three_ways(run: Run, voice: Voice, limit: int) -> list[Way]:
-    weights = sha256((run.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    trained = weight_files(run.folder)[0] if run.full else run.folder / lora.WEIGHTS
+    weights = hash_file(trained).hex()
     base = [run.model_sha256, run.bits, voice.chat.format, limit]
     ways = [
         ("teacher", "teacher, prompt", run.prompt.text, run.prompt.teacher, False),

@@ -43,7 +43,7 @@ from chat import Chat
 from costs import processor
 from files import read_json, write_json
 from full import OF_AN_ADAPTER
-from model import Llama, load_model
+from model import Llama
 from prompt import Prompt, student_messages
 from runs import Record, Run
 from sampler import Voice
@@ -220,7 +220,7 @@ def foreseen(first: Cell, cells: list[Cell]) -> list[float]:
     """
     args = first.args
     prompt = genpi.read_prompt(args)
-    model, chat = load_model(genpi.base_folder(args), args.device, bits=args.bits)
+    model, chat = genpi.open_base(args, genpi.base_folder(args))
     genpi.fit_turn(args, chat, prompt)
     with genpi.two_records(args, prompt, model, chat) as folder:
         records = runs.read_records(folder / "data.jsonl")

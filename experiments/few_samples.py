@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import lora
@@ -126,7 +127,7 @@ def line_of(rule: str) -> str:
 
 def open_lab(args, out: Path, run: Run) -> Lab:
     """Load the base, make or read the pool, and find the rules that can be studied."""
-    model, chat = load_model(base_folder(run), run.device, bits=run.bits)
+    model, chat = load_model(base_folder(run), run.device, getattr(torch, run.dtype), run.bits)
     voice = Voice(model, chat, run.slots)
     path = args.pool or out / "pool.jsonl"
     if not args.pool and not path.exists():

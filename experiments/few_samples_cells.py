@@ -67,7 +67,8 @@ class Lab:
     def made_of(self) -> str:
         """A hash of all that decides a cell beside its name."""
         pool = [asdict(example) for example in self.pool]
-        named = self.run.prompt.text, self.run.model_sha256, self.run.bits, self.unrelated.text
+        named = self.run.prompt.text, self.run.model_sha256, self.run.bits, self.run.dtype
+        named += (self.unrelated.text,)
         rest = asdict(self.recipe), self.steps, self.shows, self.tests, lora_of(self.voice)
         return text_hash(json.dumps([*named, *rest, pool]))
 

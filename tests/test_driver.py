@@ -118,7 +118,7 @@ class Actor:
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"adapter")
-    return SimpleNamespace(folder=tmp_path, model_sha256="m", bits=4, prompt=PROMPT)
+    return SimpleNamespace(folder=tmp_path, model_sha256="m", bits=4, prompt=PROMPT, full=False)
 
 
 def test_three_ways_to_ask_the_same(run):
@@ -309,6 +309,20 @@ def test_the_command_plays_a_run_three_ways(finished, monkeypatch, capsys):
         lines = (finished / "os/os.jsonl").read_text().splitlines()
         assert len(lines) == 6
         assert len({(row["way"], row["id"]) for row in map(json.loads, lines)}) == 6
+
+
+def test_all_weights_are_played_as_an_adapter_is(finished, tmp_path, monkeypatch, capsys):
+    """A run of --full has no adapter; what was trained plays in its place."""
+    args = json.loads((finished / "os" / "args.json").read_text())
+    flags = "--full --samples 2 --held-out 1 --epochs 1 --batch 2 --max-new-tokens 8 --task os"
+    flags = f"{flags} --max-turns 1 --max-reason-tokens 8 --device cpu --out {tmp_path}/run"
+    paths = ["--model", args["model"], "--prompt", finished / "os.txt"]
+    paths += ["--inputs", finished / "os-inputs.txt"]
+    monkeypatch.setattr(genpi, "report", lambda *about, **more: None)
+    assert genpi.main([*flags.split(), *map(str, paths)]) == 0
+    monkeypatch.setattr(driver, "import_module", lambda name: benchmark([sample("a", 2)]))
+    assert evaluate.main(["os", "--run", f"{tmp_path}/run"]) == 0
+    assert "| adapter, no prompt | " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Few samples that show a rule: the cells, which go on where they were killed, and their report."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_pool import some_pool
 
 import evaluate
@@ -206,3 +208,20 @@ def test_the_pool_of_a_run_is_what_the_exam_finds(run, tmp_path, monkeypatch):
 def test_cells_name_themselves():
     """A cell is its size, seed and arm."""
     assert few_samples.cell_of(cell_row("sft", 3, "a", 1, [1])) == Cell(16, 3, "sft")
+
+
+def test_the_cells_compute_in_the_type_of_the_run(run, tmp_path, monkeypatch):
+    """Of a run in bfloat16 the base is opened in bfloat16, and its cells are told apart."""
+    args = json.loads((run / "run" / "args.json").read_text())
+    shutil.copytree(run / "run", tmp_path / "run")
+    (tmp_path / "run" / "args.json").write_text(json.dumps(args | {"dtype": "bfloat16"}))
+    shutil.copy(run / "pool.jsonl", tmp_path)
+    labs = []
+    monkeypatch.setattr(few_samples, "plan", lambda lab, *_: labs.append(lab) or ())
+    for folder in (run, tmp_path):
+        flags = f"--run {folder}/run --pool {folder}/pool.jsonl --out {tmp_path}/{len(labs)}"
+        few = f"--shows 0 2 --unrelated {run}/p.txt --dry-run"
+        assert evaluate.main(["few-samples", *flags.split(), *few.split()]) == 0
+    kinds = [lab.voice.model.model.embed_tokens.weight.dtype for lab in labs]
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert labs[0].made_of != labs[1].made_of
