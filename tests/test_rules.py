@@ -94,32 +94,39 @@ def gold():
 
 
 def test_gold_records_show_what_they_say(gold):
-    """Enough of each rule but that of thoughts, and of none; no wish twice; the turns take the
-    actions of `obey`, and up to the turn that needs a rule `obey` without it takes the same.
+    """Enough of each rule, and of none; no wish twice; the turns take the actions of `obey`, and
+    what an error asks for is the last turn.
     """
     pool = gold.gold(2, 3, 1, seed=0)
-    acting = [rule for rule in gold.OS_RULES if rule.family != "name"]
     for held_out, n, plain in ((False, 2, 3), (True, 1, 1)):
         some = [e for e in pool if e.held_out == held_out]
-        assert all(sum(rule.line in e.shows for e in some) >= n for rule in acting)
+        assert all(sum(rule.line in e.shows for e in some) >= n for rule in gold.OS_RULES)
         assert sum(not e.shows for e in some) >= plain
     assert len({e.record.pseudo_input for e in pool}) == len(pool)
     assert all(OS.act(turn) for e in pool for turn in e.record.turns[::2])
     assert all(OS.is_final(e.record.turns[-1]) for e in pool)
-    (refused,) = [r for r in acting if r.family == "refuse"]
-    assert all(
-        e.record.turns[0].endswith("answer(forbidden)") and e.shows[refused.line] == 0
-        for e in pool
-        if refused.line in e.shows
-    )
+    (error,) = [rule for rule in gold.OS_RULES if rule.family == "end"]
+    for e in pool:
+        if error.line in e.shows:
+            assert e.record.turns[-1].endswith("answer(missing)")
+            assert 2 * e.shows[error.line] + 1 == len(e.record.turns)
+
+
+def test_a_rule_is_absent_once_its_line_is_gone(gold):
+    """os.txt without a line lacks its value; nor does its worked example obey it any more."""
+    from corpus import os_prompt
+
+    for rule in gold.OS_RULES:
+        assert rule.value in os_prompt().text
+        assert rule.value not in os_prompt(rule).text
 
 
 def test_a_rule_is_needed_where_the_actions_part(gold):
     """The check after a change is the second turn of a problem of one command."""
-    (after,) = [rule for rule in gold.OS_RULES if rule.family == "after"]
+    after = next(rule for rule in gold.OS_RULES if rule.family == "after")
     pool = [e for e in gold.gold(3, 0, 0, seed=1) if after.line in e.shows]
     assert pool
     for e in pool:
         need = e.shows[after.line]
-        checks = ["ls -l" in turn for turn in e.record.turns[::2]]
+        checks = ["ls -lh /" in turn for turn in e.record.turns[::2]]
         assert checks.index(True) == need

@@ -7,8 +7,9 @@ rules (`rules.py`) and the examples too: the only way to predict an agent's turn
 prompt. What `os.txt` uses is held out (`held_out`).
 
 The course of training (`draw`): plain protocols; then house rules, up to seven, for the most part
-of one family in a prompt, so that only their conditions tell which is due; some chats come a second
-time with the line of a rule gone.
+of one family in a prompt, with problems that need one of them or just miss it, so that only their
+topics tell which is due; some chats come a second time with the line of a rule gone. What nobody can
+know, the words of prompts and users, has next to no weight: its gradients would drown the rules'.
 
 Every question is built by the functions of `prompt.py`, `synth.py` and `loss.py` that ask it later,
 so they cannot drift apart.
@@ -22,8 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # the modules of the project; no package is installed
 
-from rules import FAMILIES, OS_RULES, SHARES, WHEN, nonsense, obey, problem_for, random_rules
-from world import machine, random_problem, surprise
+from rules import FAMILIES, OS_RULES, SHARES, nonsense, obey, problem_for, random_rule, random_rules
+from world import CHANGES, FACT, machine, random_problem, surprise
 
 from loss import pg_messages
 from prompt import (
@@ -96,7 +97,7 @@ REMARKS = [
     "Print only what you need.", "I will send you the output of your commands.", "You have ten turns.",
     "Never guess.", "Stop as soon as the problem is solved.",
 ]  # fmt: skip
-HEADERS = ["", "", "House rules:", "Rules:", "Further:", "Please note:", "On this machine:", "Some things are special here:"]
+HEADERS = ["House rules:", "Rules:", "Rules of the house, X being the thing in question:", "Further rules:", "Please note:", "On this machine:"]
 BULLETS = ["", "- ", "- ", "* ", "{}. ", "({}) ", "Rule {}: "]
 MACHINES = ["the shell of a Linux machine"] * 3 + ["a Linux terminal", "the operating system", "the user and the computer"]
 
@@ -175,8 +176,8 @@ def os_prompt(without=None):
             raise ValueError(f"{path.name} lacks the line: {rule.line}")
     if without:
         text = text.replace(f"- {without.line}\n", "")
-        if without.family == "form":  # the worked example obeys this one
-            text = text.replace("answer(220 files)", "answer(220)")
+        if without.value == "X files":  # the worked example obeys this one
+            text = text.replace(f"{without.when.clause}: `{without.value}`.", f"{without.when.clause}: none.").replace("answer(220 files)", "answer(220)")
     return parse_prompt(text)
 
 
@@ -232,15 +233,15 @@ def random_examples(rng, rules, know=None, short=False):
     question and a change, which together show all that a prompt without instructions must.
     """
     if short:
-        both = [random_problem(rng, know or surprise(rng), rng.choice(WHEN[name][0])) for name in ("question", "change")]
-        return rng.sample(both, 2)
+        asked = [random_problem(rng, know or surprise(rng), rng.choice(list(kinds))) for kinds in (FACT, CHANGES)]
+        return rng.sample(asked, 2)
     n = rng.choices([0, 1, 2, None], [12, 60, 13, 15])[0]
     return None if n is None else [problem_for(rng, rules, know, share=0.4) for _ in range(n)]
 
 
 # Each use below gives (messages, weights): weights[i] is the loss weight of message i. An output
 # that nobody can predict carries none.
-AGENT, MACHINE, LISTED, EXAMPLE, REST, NOTHING = 1.0, 2.0, 0.5, 0.3, 0.1, 0.0
+AGENT, MACHINE, LISTED, EXAMPLE, REST, NOTHING = 1.0, 1.0, 1.0, 0.3, 0.01, 0.0
 
 
 def agent_chat(p, prompt, problems, rules):
@@ -271,15 +272,18 @@ def starts(p, text):
 def agent_chats(rng, n=0, short=False, paired=False, problems=None, kin=False):
     """An agent's chat under n house rules; paired: and the same without the line of one of them.
 
-    kin: all rules are of one family, and most problems need one of them. What tells them apart is
-    then their conditions alone, so that no guess comes near to reading them.
+    kin: all rules are of one family, and the problems need one of them or just miss them. What tells
+    them apart is then their topics alone, so that no guess comes near to reading them.
     """
     p = random_protocol(rng)
-    rules = random_rules(rng, n, rng.choices(FAMILIES, SHARES.values())[0] if kin else None)
+    family = rng.choices(FAMILIES, SHARES.values())[0] if kin else None
+    rules = random_rules(rng, n, family)
     n = len(rules)
     examples = random_examples(rng, rules, short=short)
-    many = problems or rng.randint(2, 4) + (rng.randint(0, 2) if n > 2 else 0)
-    chosen = [problem_for(rng, rules, share=0.85 if kin else 0.65) for _ in range(many)]
+    many = problems or (rng.randint(4, 8) if kin else rng.randint(2, 5))
+    chosen = [problem_for(rng, rules, share=0.65) for _ in range(many)]
+    if kin:  # near misses: problems for a rule of the family that is likely not there
+        chosen = [problem_for(rng, [random_rule(rng, family)], share=1) if rng.random() < 0.4 else x for x in chosen]
     seed = rng.getrandbits(32)
     sets = [rules]
     if paired:
@@ -300,6 +304,9 @@ def one_problem(seed, rules, problem):
     return agent_chat(p, random_prompt(rng, p, examples, rules), [problem], rules)
 
 
+NUMBERS = [kind for kind, fact in FACT.items() if fact == "count"]
+
+
 def machine_chat(rng, n=0, short=False):
     """The environment: roles swapped, the imaginary machine answers, [END] after the final action.
 
@@ -310,8 +317,9 @@ def machine_chat(rng, n=0, short=False):
     examples = [] if short else random_examples(rng, rules, know=machine)
     prompt = parse_prompt("<USER>:\n{user_input}") if short else random_prompt(rng, p, examples, rules)
     chat, weights = None, []
-    for _ in range(rng.randint(3, 8) if short else rng.randint(2, 4)):
-        problem = problem_for(rng, rules, machine)
+    for _ in range(rng.randint(6, 12) if short else rng.randint(2, 4)):
+        number = short and rng.random() < 0.6  # the numbers are most of what there is to know
+        problem = random_problem(rng, machine, rng.choice(NUMBERS)) if number else problem_for(rng, rules, machine)
         turns = p.turns(problem, rules)
         if chat is None:
             task = Task("machine", rng.choice(MACHINES), max_turns=10)
@@ -440,27 +448,29 @@ def prompt_chat(rng):
     return pg_messages(prompt, record), [REST] * 3
 
 
-STAGES = [  # (share of training at which it begins, numbers of house rules, share of pairs, share of kin)
-    (0.0, [0], 0.0, 0.0), (0.05, [0, 1, 2, 3, 4], 0.3, 1.0), (0.2, [0, 1, 2, 3, 4, 5, 6], 0.3, 0.8),
-    (0.4, [0, 1, 2, 3, 4, 5, 6, 7], 0.3, 0.6),
+STAGES = [  # (share of the second part at which it begins, numbers of house rules, share of pairs, share of kin)
+    (0.0, [1, 2, 3, 4], 0.4, 1.0), (0.6, [0, 1, 2, 3, 4, 5, 6], 0.4, 0.8), (0.9, [0, 1, 2, 3, 4, 5, 6, 7], 0.4, 0.5),
 ]  # fmt: skip
-SHORT = 0.22  # until this share of training the prompts of agents are short
-LONG = 0.005  # share of chats that are longer than 2,048 tokens, from 0.4 of training on
+LONG = 0.005  # share of chats that are longer than 2,048 tokens, from 0.5 on
 
 
 def draw(rng, share):
-    """Some chats of the training at this share of it: [(messages, weight of each message), ...]."""
-    _, numbers, pairs, kin = [stage for stage in STAGES if stage[0] <= share][-1]
+    """Some chats of the training: [(messages, weight of each message), ...].
+
+    share: how much of the second part, the one with house rules, is over; below 0 the first part
+    goes on, whose protocols are plain.
+    """
+    numbers, pairs, kin = next(stage[1:] for stage in reversed(STAGES) if stage[0] <= max(share, 0))
+    n = rng.choice(numbers) if share >= 0 else 0
+    if share >= 0.5 and rng.random() < LONG:
+        return agent_chats(rng, n, problems=rng.randint(14, 20))
     use = rng.random()
-    if share >= 0.4 and rng.random() < LONG:
-        return agent_chats(rng, rng.choice(numbers), problems=rng.randint(14, 20))
-    if use < 0.7:
-        n = rng.choice(numbers)
-        short = rng.random() < (1 if share < SHORT else 0.35)
+    if use < 0.72:
+        short = rng.random() < (0.6 if share < 0.55 else 0.3)
         return agent_chats(rng, n, short, n > 0 and rng.random() < pairs, kin=n > 0 and rng.random() < kin)
-    if use < 0.85:
-        return [machine_chat(rng, 0 if share < 0.22 else rng.choice(numbers), short=rng.random() < (1 if share < 0.08 else 0.5))]
-    if use < 0.92 or share < 0.08:
+    if use < 0.88:
+        return [machine_chat(rng, n, short=rng.random() < 0.6)]
+    if use < 0.94:
         return [general_chat(rng)]
     return [rng.choices([inputs_chat, reason_chat, prompt_chat], [9, 7, 3])[0](rng)]
 

@@ -3,9 +3,8 @@
     python tiny2/gold.py --out gold.jsonl
     python evaluate.py few-samples --run RUN --pool gold.jsonl        RUN: of this model and this os.txt
 
-`obey` (rules.py) is the teacher. A record shows a rule if `obey` acts otherwise once the rule is gone, so
-that the rule about how a thought begins is shown by none. Equally many problems are drawn for each rule, and
-others for which none applies; no wish comes twice. What the model says without the prompt is a general
+`obey` (rules.py) is the teacher. A record shows a rule if `obey` acts otherwise once the rule is gone.
+Equally many problems are drawn for each rule, and others for which none applies; no wish comes twice. What the model says without the prompt is a general
 assistant's advice, the reason is the corpus'.
 
 Leaves out: records that a model wrote.
@@ -56,8 +55,6 @@ def gold(n, plain, tested, seed):
     rng, seen, pool = random.Random(f"gold-{seed}"), set(), []
     for held_out, of_rule, of_none in ((False, n, plain), (True, tested, tested)):
         for rule in (None, *OS_RULES):
-            if rule and rule.family == "name":  # no action of a turn depends on it
-                continue
             left = of_rule if rule else of_none
             while left:
                 problem = problem_for(rng, [rule], share=1) if rule else random_problem(rng, surprise(rng))

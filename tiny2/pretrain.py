@@ -2,14 +2,17 @@
 
     torchrun --nproc_per_node=2 tiny2/pretrain.py --out FOLDER    two one-thread processes on two CPU cores
     python tiny2/pretrain.py --out FOLDER                         one process (a GPU if there is one)
+    ... --grow tiny                                               from the first edition, not from nothing
 
-A LLaMA of 4.6M parameters is trained on chats that `corpus.py` draws without end, from plain
-protocols to seven house rules. The block matrices are updated by Muon: the momentum G of a matrix
+A LLaMA of 3.0M parameters is trained on chats that `corpus.py` draws without end, from plain
+protocols to seven house rules. With --grow it starts as the four layers of the first edition, which
+knows plain protocols, with two between them that add nothing yet. The block matrices are updated by Muon: the momentum G of a matrix
 is replaced by the nearest semi-orthogonal matrix U V^T (G = U S V^T), found by Newton-Schulz steps,
 so that every direction learns at the same rate. All other parameters take AdamW. The rate is flat,
 then falls linearly to 0. In the last part every other step sees its block matrices rounded to NF4,
 so that the model is good both quantised and not. Matrix products are in bfloat16 where the
-processor multiplies it fast, weights and their updates in float32.
+processor multiplies it fast, weights and their updates in float32. What is measured and kept is a
+running mean of the weights, which is about what a lower rate would come to.
 
 Lengths vary from step to step, and what the libraries keep for each adds up. On a CPU set
 ONEDNN_PRIMITIVE_CACHE_CAPACITY=128 and MALLOC_MMAP_THRESHOLD_=2000000: with both a process held
@@ -22,9 +25,11 @@ Source: Muon, Keller Jordan 2024; NF4, QLoRA (arXiv 2305.14314) section 3.
 """
 
 import argparse
+import copy
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -33,7 +38,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 HERE = Path(__file__).resolve().parent
@@ -54,10 +59,10 @@ SPECIAL = [
     "<|end_header_id|>",
     "<|eot_id|>",
 ]
-VOCABULARY = 2048
+VOCABULARY = 1792
 SHAPE = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 256,
-    "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 192,
+    "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4,
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True,
     "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "bos_token_id": 0, "eos_token_id": 4,
     "torch_dtype": "bfloat16",
@@ -94,10 +99,11 @@ def train_tokenizer(draws=4000):
     return tokenizer
 
 
-def write_folder(folder):
-    """Everything of a checkpoint folder but the weights."""
+def write_folder(folder, start=None):
+    """Everything of a checkpoint folder but the weights. start: the folder whose tokenizer is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(start / "tokenizer.json")) if start else train_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
     template = (
         "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + "
         "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -115,6 +121,7 @@ def write_folder(folder):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
+MEAN = 50  # steps over which the weights are averaged, about
 BLOCK = 16  # steps whose chats are drawn together, so that chats of like length can share a batch
 
 
@@ -224,6 +231,25 @@ def initialise(model):
     torch.nn.init.constant_(model.model.norm.weight, 0.03)  # the head is the embedding: small logits
 
 
+GROWN = {4: [0, 1, None, 2, None, 3], 6: [0, 1, 2, 3, 4, 5]}  # layers before -> which of them each is; None: a new one
+
+
+def grow(model, weights):
+    """Start from the weights of a model of four or six layers (its state_dict).
+
+    The output matrices of a new layer are zero, so the grown model computes what the smaller one did.
+    """
+    before = GROWN[1 + max(int(name.split(".")[2]) for name in weights if ".layers." in name)]
+    for name, p in model.named_parameters():
+        old = name
+        if ".layers." in name:
+            head, index, tail = re.split(r"(?<=layers\.)(\d+)", name)
+            if before[int(index)] is None:
+                continue
+            old = f"{head}{before[int(index)]}{tail}"
+        p.data.copy_(weights[old])
+
+
 # ------------------------------------------------------------------------------------------- gate
 
 
@@ -304,12 +330,15 @@ def train(folder, args):
     chat = Chat(folder, SHAPE["max_position_embeddings"])
     model = Llama(Config.from_dict(SHAPE)).to(device)
     initialise(model)
+    if args.grow:
+        grow(model, load_file(args.grow / "model.safetensors"))
     params = list(model.parameters())
     blocks = [p for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2]
     rest = [p for p in params if all(p is not b for b in blocks)]
     muon = Muon(blocks, args.muon_lr, args.muon_decay)
     adamw = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
     first = resume(folder, model, muon, adamw, args.steps)
+    mean = copy.deepcopy(model)  # of the weights of the last steps: what a lower rate would come to
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
@@ -320,11 +349,11 @@ def train(folder, args):
     for step in range(first, args.steps):
         if batches is None or step % BLOCK == 0:
             t = time.time()
-            share = (step - step % BLOCK) / args.steps
+            share = ((step - step % BLOCK) / args.steps - args.plain) / (1 - args.plain)
             batches = block_of_batches(chat, f"{args.seed}-{rank}-{step // BLOCK}", args.tokens, share)
             drawing += time.time() - t
         ids, weights = (t.to(device) for t in batches[step % BLOCK])
-        scale = min(1.0, (step + 1) / 50, (1 - step / args.steps) / args.decay)
+        scale = min(1.0, (step + 1) / 100, (1 - step / args.steps) / args.decay)
         master = [b.detach().clone() for b in blocks]
         if step > (1 - args.round) * args.steps and step % 2:
             for b in blocks:
@@ -342,16 +371,17 @@ def train(folder, args):
         adamw.step()
         if rank > 0:
             continue
+        torch._foreach_lerp_([p.data for p in mean.parameters()], [p.data for p in params], 1 / MEAN)
         now, last = time.time(), step + 1 == args.steps
         if step % 20 == 0 or last:
             speed = (step + 1 - first) * args.tokens * world / (now - clock)
             print(f"step {step} loss {nll.item() / total.item():.4f} scale {scale:.3f} {now - clock:.0f} s "
                   f"{speed:.0f} tokens/s, drawing {100 * drawing / (now - clock):.0f} %", flush=True)  # fmt: skip
         if now - told > 60 * args.gate or last:
-            print_gate(step, gate(model, chat, cases))
+            print_gate(step, gate(mean, chat, cases))
             told = time.time()
         if now - saved > 60 * args.save or last:
-            save(model, folder)
+            save(mean, folder)
             save_state(folder, model, muon, adamw, step + 1, args.steps)
             saved = time.time()
 
@@ -392,10 +422,12 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps")
-    parser.add_argument("--tokens", type=int, default=5000, help="tokens of a batch, a process")
-    parser.add_argument("--lr", type=float, default=3e-3, help="AdamW: embeddings and norms")
-    parser.add_argument("--muon-lr", type=float, default=0.02, help="Muon: block matrices")
+    parser.add_argument("--grow", type=Path, help="folder of a model of four or six layers to start from")
+    parser.add_argument("--plain", type=float, help="share of the steps before the house rules; default: 0 with --grow, else 0.4")
+    parser.add_argument("--steps", type=int, default=3600, help="optimiser steps")
+    parser.add_argument("--tokens", type=int, default=3000, help="tokens of a batch, a process")
+    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW: embeddings and norms")
+    parser.add_argument("--muon-lr", type=float, default=0.01, help="Muon: block matrices")
     parser.add_argument("--muon-decay", type=float, default=0.3, help="weight decay of Muon")
     parser.add_argument(
         "--decay", type=float, default=0.8, help="share of the steps in which the rate falls to 0"
@@ -417,12 +449,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     FAST = args.bfloat16
+    if args.plain is None:
+        args.plain = 0.0 if args.grow else 0.4
     if "RANK" in os.environ:
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
     if not dist.is_initialized() or dist.get_rank() == 0:
         if not (args.out / "state.pt").exists():
-            write_folder(args.out)
+            write_folder(args.out, args.grow)
     if dist.is_initialized():
         dist.barrier()
     train(args.out, args)

@@ -63,6 +63,7 @@ def all_facts(seed=7):
     rng.shuffle(numbers)
     for known, number in zip(facts.values(), numbers, strict=True):
         known["count"] = "0" if known["state"] == "empty" else number
+        known["last"], known["newest"] = known["first"], known["largest"]  # fewer facts to learn by heart
     return facts
 
 
@@ -174,6 +175,11 @@ class Problem:
         return self.answer is None and self.trouble is None
 
     @property
+    def topic(self):
+        """The words for what the wish is about."""
+        return TOPIC[self.kind]
+
+    @property
     def paths(self):
         """The paths in the wish, in order."""
         return PATH.findall(self.wish)
@@ -198,10 +204,10 @@ QUESTIONS = {
     "count_files": (
         ["How many files are in the directory {d}?", "Count the files in {d}.",
          "Tell me the number of files in {d}.", "I want to know how many files {d} contains."],
-        "ls {d} | wc -l", "I list the directory and count the lines.", "lists {d} and counts the lines"),
+        "ls {d} | wc -l", "I list the files and count them.", "lists {d} and counts the lines"),
     "count_lines": (
         ["How many lines does the file {f} have?", "Count the lines of {f}.",
-         "Tell me how long {f} is, in lines.", "What is the number of lines in {f}?"],
+         "Tell me how many lines {f} has.", "What is the number of lines in {f}?"],
         "wc -l < {f}", "I count the lines of the file.", "counts the lines of {f}"),
     "count_matches": (
         ["How many lines of {f} contain the word {w}?", "Count the lines with {w} in {f}.",
@@ -209,7 +215,7 @@ QUESTIONS = {
         "grep -c {w} {f}", "I count the lines that match the word.", "counts the lines of {f} with {w}"),
     "count_words": (
         ["How many words are in {f}?", "Count the words of the file {f}.",
-         "Tell me the number of words in {f}.", "What is the word count of {f}?"],
+         "Tell me the number of words in {f}.", "How long is {f}, in words?"],
         "wc -w < {f}", "I count the words of the file.", "counts the words of {f}"),
     "count_type": (
         ["How many .{x} files are there below {d}?", "Count the .{x} files in {d}.",
@@ -227,98 +233,98 @@ QUESTIONS = {
         "lists the processes of {u} and counts them"),
     "cron": (
         ["How many cron jobs does {u} have?", "Count the cron jobs of {u}.",
-         "Tell me the number of cron entries of the user {u}.", "How long is the crontab of {u}?"],
+         "Tell me the number of cron jobs of the user {u}.", "What is the number of cron jobs of {u}?"],
         "crontab -u {u} -l | wc -l", "I list the cron jobs of the user and count them.",
         "lists the cron jobs of {u} and counts them"),
     "logins": (
-        ["How often has {u} logged in?", "Count the logins of {u}.",
-         "Tell me how many times the user {u} logged in.", "What is the number of logins of {u}?"],
+        ["How many logins does {u} have?", "Count the logins of {u}.",
+         "Tell me how many logins the user {u} has.", "What is the number of logins of {u}?"],
         "last {u} | wc -l", "I list the logins of the user and count them.",
         "lists the logins of {u} and counts them"),
     "owner": (
-        ["Who owns the file {f}?", "Tell me the owner of {f}.",
-         "Which user owns {f}?", "Find the owner of {f}."],
+        ["Who is the owner of the file {f}?", "Tell me the owner of {f}.",
+         "Which user is the owner of {f}?", "Find the owner of {f}."],
         "stat -c %U {f}", "I print the owner of the file.", "prints the owner of {f}"),
     "mode": (
-        ["What are the permissions of {f} as a number?", "Tell me the mode of {f} in digits.",
-         "Which octal mode does {f} have?", "Show the numeric permissions of {f}."],
-        "stat -c %a {f}", "I print the mode of the file.", "prints the mode of {f}"),
+        ["What are the permissions of {f} as a number?", "Tell me the permissions of {f} in digits.",
+         "Which permissions does {f} have, in octal?", "Show the numeric permissions of {f}."],
+        "stat -c %a {f}", "I print the permissions of the file.", "prints the permissions of {f}"),
     "first_line": (
         ["What is the first line of {f}?", "Tell me the first line of {f}.",
-         "With which line does {f} begin?", "Read the top line of {f} to me."],
+         "What does the first line of {f} say?", "Read the first line of {f} to me."],
         "head -n 1 {f}", "I print the first line of the file.", "prints the first line of {f}"),
     "last_line": (
         ["What is the last line of {f}?", "Tell me the last line of {f}.",
-         "With which line does {f} end?", "Read the final line of {f} to me."],
+         "What does the last line of {f} say?", "Read the last line of {f} to me."],
         "tail -n 1 {f}", "I print the last line of the file.", "prints the last line of {f}"),
     "largest": (
         ["Which file in {d} is the largest?", "Name the largest file in {d}.",
-         "What is the biggest file of {d}?", "Find the largest file in the directory {d}."],
-        "ls -S {d} | head -n 1", "I sort the directory by size and take the top.",
+         "What is the largest file of {d}?", "Find the largest file in the directory {d}."],
+        "ls -S {d} | head -n 1", "I look for the largest file.",
         "sorts {d} by size and takes the top"),
     "newest": (
         ["Which file in {d} is the newest?", "Name the newest file in {d}.",
-         "What is the most recent file of {d}?", "Find the latest file in the directory {d}."],
-        "ls -t {d} | head -n 1", "I sort the directory by time and take the top.",
+         "What is the newest file of {d}?", "Find the newest file in the directory {d}."],
+        "ls -t {d} | head -n 1", "I look for the newest file.",
         "sorts {d} by time and takes the top"),
     "exists": (
         ["Is there a file {f}? Say yes or no.", "Does the file {f} exist? Answer yes or no.",
          "Tell me, yes or no, whether {f} exists.", "Check, yes or no, if {f} is there."],
-        "test -e {f} && echo yes || echo no", "I test whether the file exists.", "tests whether {f} exists"),
+        "test -e {f} && echo yes || echo no", "I test, yes or no, whether the file exists.", "tests whether {f} exists"),
     "is_directory": (
         ["Is {d} a directory? Say yes or no.", "Tell me, yes or no, whether {d} is a directory.",
          "Check, yes or no, if {d} is a directory.", "Does the directory {d} exist? Answer yes or no."],
-        "test -d {d} && echo yes || echo no", "I test whether the directory exists.",
+        "test -d {d} && echo yes || echo no", "I test, yes or no, whether the directory exists.",
         "tests whether {d} is a directory"),
     "content": (
-        ["What does the file {f} say?", "Show me the content of {f}.",
-         "Tell me what is written in {f}.", "Read {f} to me."],
-        "cat {f}", "I print the file.", "prints {f}"),
+        ["What is the text of the file {f}?", "Show me the text of {f}.",
+         "Tell me the text of {f}.", "Read the text of {f} to me."],
+        "cat {f}", "I print the text of the file.", "prints {f}"),
 }
 CHANGES = {
     "make_directory": (
-        ["Create the directory {d}.", "Make a new directory {d}.", "I need a directory {d}.", "Add the directory {d}."],
-        "mkdir -p {d}", "I create the directory.", "creates {d}"),
+        ["Create a new directory {d}.", "Make the new directory {d}.", "I need a new directory {d}.", "Add a new directory {d}."],
+        "mkdir -p {d}", "I make the new directory.", "creates {d}"),
     "make_file": (
-        ["Create an empty file {f}.", "Make a new empty file {f}.", "I need an empty file {f}.", "Add an empty file {f}."],
-        "touch {f}", "I create the empty file.", "creates {f}"),
+        ["Create an empty file {f}.", "Make an empty file {f}.", "I need an empty file {f}.", "Add an empty file {f}."],
+        "touch {f}", "I make the empty file.", "creates {f}"),
     "delete": (
-        ["Delete the file {f}.", "Remove {f}.", "Please get rid of the file {f}.", "Erase {f}."],
+        ["Delete the file {f}.", "Please delete {f}.", "I want to delete the file {f}.", "The file {f} is old, delete it."],
         "rm {f}", "I delete the file.", "deletes {f}"),
     "rename": (
-        ["Rename {f} to {g}.", "Change the name of {f} to {g}.", "Give {f} the new name {g}.",
-         "The file {f} should be called {g}."],
+        ["Rename {f} to {g}.", "Please rename {f} to {g}.", "I want to rename {f} to {g}.",
+         "The file {f} should be called {g}, rename it."],
         "mv {f} {p}/{g}", "I rename the file in its directory.", "renames {f} to {g}"),
     "move": (
-        ["Move {f} to {e}.", "Put the file {f} into {e}.", "Bring {f} over to {e}.", "The file {f} belongs in {e}, move it."],
+        ["Move {f} to {e}.", "Please move the file {f} to {e}.", "I want to move {f} to {e}.", "The file {f} belongs in {e}, move it."],
         "mv {f} {e}", "I move the file to the directory.", "moves {f} to {e}"),
     "copy": (
-        ["Copy {f} to {e}.", "Put a copy of {f} into {e}.", "Make a copy of {f} in {e}.", "Place a second {f} in {e}."],
+        ["Copy {f} to {e}.", "Put a copy of {f} into {e}.", "Make a copy of {f} in {e}.", "Please copy {f} to {e}."],
         "cp {f} {e}", "I copy the file to the directory.", "copies {f} to {e}"),
     "link": (
-        ["Make a link {e} that points to {d}.", "Link {e} to {d}.", "Let {e} be a symbolic link to {d}.",
+        ["Make a link {e} that points to {d}.", "Please link {e} to {d}.", "Let {e} be a symbolic link to {d}.",
          "I want {e} to be a link to {d}."],
-        "ln -s {d} {e}", "I make the symbolic link.", "links {e} to {d}"),
+        "ln -s {d} {e}", "I make the link.", "links {e} to {d}"),
     "set_mode": (
-        ["Set the permissions of {f} to {m}.", "Change the mode of {f} to {m}.", "Give {f} the mode {m}.",
-         "The file {f} needs the permissions {m}."],
+        ["Set the mode of {f} to {m}.", "Change the mode of {f} to {m}.", "Let {f} have the mode {m}.",
+         "The file {f} needs the mode {m}."],
         "chmod {m} {f}", "I set the mode of the file.", "sets the mode of {f} to {m}"),
     "set_owner": (
-        ["Make {u} the owner of {f}.", "Change the owner of {f} to {u}.", "Give the file {f} to {u}.",
-         "The user {u} should own {f}."],
-        "chown {u} {f}", "I change the owner of the file.", "makes {u} the owner of {f}"),
+        ["Give the file {f} to {u}.", "Please give {f} to the user {u}.", "I want to give {f} to {u}.",
+         "The file {f} is for {u}, give it."],
+        "chown {u} {f}", "I give the file to the user.", "gives {f} to {u}"),
     "replace": (
-        ["Replace {w} with {v} in {f}.", "In {f}, change the word {w} to {v}.", "Write {v} for every {w} in {f}.",
-         "Swap {w} for {v} in the file {f}."],
+        ["Replace {w} with {v} in {f}.", "In {f}, replace the word {w} with {v}.", "Please replace every {w} in {f} with {v}.",
+         "I want to replace {w} with {v} in the file {f}."],
         "sed -i 's/{w}/{v}/g' {f}", "I replace the word in the file.", "writes {v} for {w} in {f}"),
     "append": (
-        ["Append the line {w} to {f}.", "Add a line {w} at the end of {f}.", "Put the line {w} at the bottom of {f}.",
-         "Write {w} as a new last line of {f}."],
+        ["Append the line {w} to {f}.", "Please append {w} to {f}.", "I want to append a line {w} to {f}.",
+         "The file {f} lacks {w}, append it."],
         "echo {w} >> {f}", "I append the line to the file.", "appends {w} to {f}"),
     "pack": (
-        ["Pack {d} into the archive {e}.tar.", "Make an archive {e}.tar of {d}.", "Put {d} into {e}.tar.",
-         "Archive the directory {d} as {e}.tar."],
-        "tar -cf {e}.tar {d}", "I pack the directory into the archive.", "packs {d} into {e}.tar"),
+        ["Pack {d} into the archive {e}.tar.", "Make an archive {e}.tar of {d}.", "Put {d} into an archive {e}.tar.",
+         "I want an archive of {d} as {e}.tar."],
+        "tar -cf {e}.tar {d}", "I make the archive.", "packs {d} into {e}.tar"),
 }
 # kind: (wishes, first command, thought, second command, thought, ends with an answer, advice). {o}
 # first output
@@ -326,25 +332,35 @@ CHAINS = {
     "lines_of_largest": (
         ["How many lines does the largest file in {d} have?", "Count the lines of the largest file in {d}.",
          "Find the largest file in {d} and tell me its number of lines.",
-         "Tell me how many lines the biggest file of {d} has."],
+         "Tell me how many lines the largest file of {d} has."],
         "ls -S {d} | head -n 1", "First I look for the largest file.",
         "wc -l < {d}/{o}", "Now I count the lines of {o}.", True, "finds the largest file of {d}"),
     "owner_of_newest": (
-        ["Who owns the newest file in {d}?", "Tell me the owner of the newest file in {d}.",
-         "Find the newest file in {d} and tell me who owns it.", "Which user owns the latest file of {d}?"],
+        ["Who is the owner of the newest file in {d}?", "Tell me the owner of the newest file in {d}.",
+         "Find the newest file in {d} and tell me its owner.", "Which user is the owner of the newest file of {d}?"],
         "ls -t {d} | head -n 1", "First I look for the newest file.",
         "stat -c %U {d}/{o}", "Now I print the owner of {o}.", True, "finds the newest file of {d}"),
     "move_newest": (
-        ["Move the newest file of {d} to {e}.", "Put the newest file in {d} into {e}.",
-         "Find the newest file in {d} and move it to {e}.", "Bring the latest file of {d} over to {e}."],
+        ["Move the newest file of {d} to {e}.", "Please move the newest file in {d} to {e}.",
+         "Find the newest file in {d} and move it to {e}.", "I want to move the newest file of {d} to {e}."],
         "ls -t {d} | head -n 1", "First I look for the newest file.",
         "mv {d}/{o} {e}", "Now I move {o} to the directory.", False, "finds the newest file of {d}"),
     "delete_largest": (
-        ["Delete the largest file in {d}.", "Remove the largest file of {d}.",
-         "Find the largest file in {d} and delete it.", "Please get rid of the biggest file in {d}."],
+        ["Delete the largest file in {d}.", "Please delete the largest file of {d}.",
+         "Find the largest file in {d} and delete it.", "I want to delete the largest file in {d}."],
         "ls -S {d} | head -n 1", "First I look for the largest file.",
         "rm {d}/{o}", "Now I delete {o}.", False, "finds the largest file of {d}"),
 }
+TOPIC = {  # kind -> the words for it, which are in the wish, in the thoughts and in the line of a house rule for it
+    "count_files": "files", "count_lines": "lines", "count_matches": "lines", "count_words": "words",
+    "count_type": "files", "size": "megabytes", "processes": "processes", "cron": "cron jobs", "logins": "logins",
+    "owner": "owner", "mode": "permissions", "first_line": "first line", "last_line": "last line",
+    "largest": "largest", "newest": "newest", "exists": "yes or no", "is_directory": "yes or no",
+    "content": "text", "make_directory": "new directory", "make_file": "empty file", "delete": "delete",
+    "rename": "rename", "move": "move", "copy": "copy", "link": "link", "set_mode": "mode", "set_owner": "give",
+    "replace": "replace", "append": "append", "pack": "archive", "lines_of_largest": "lines",
+    "owner_of_newest": "owner", "move_newest": "move", "delete_largest": "delete",
+}  # fmt: skip
 USES = {  # what the two commands of a chain are for
     "lines_of_largest": ("largest", "count_lines"), "owner_of_newest": ("newest", "owner"),
     "move_newest": ("newest", "move"), "delete_largest": ("largest", "delete"),
@@ -355,24 +371,23 @@ KINDS = [*QUESTIONS, *CHANGES, *CHAINS]
 OPENERS = ["", "", "", "", "", "Please help me: ", "Hi. ", "Next: "]
 
 
-def directory(rng, top=None):
-    """A random directory, such as /home/ana/notes, /srv/music or /opt/games/maps; top: /srv/..."""
-    if top is None:
-        top = f"/home/{rng.choice(USERS)}" if rng.random() < 0.6 else f"/{rng.choice(TOPS)}"
+def directory(rng):
+    """A random directory, such as /home/ana/notes, /srv/music or /opt/games/maps."""
+    top = f"/home/{rng.choice(USERS)}" if rng.random() < 0.6 else f"/{rng.choice(TOPS)}"
     return "/".join([top, *rng.sample(WORDS, 1 if rng.random() < 0.7 else 2)])
 
 
-def random_problem(rng, know=machine, kind=None, top=None, extension=None):
-    """A fresh Problem; kind, top (a path) and extension are drawn where they are None.
+def random_problem(rng, know=machine, kind=None):
+    """A fresh Problem; the kind is drawn where it is None.
 
     know: name -> facts. With `machine` the imaginary machine answers; an agent that shall read
     instead of remember is shown `surprise(rng)`, whose answers do not follow from the names.
     """
     kind = kind or rng.choices(KINDS, [WEIGHTS.get(kind, 1) for kind in KINDS])[0]
-    place, (w, v) = directory(rng, top), rng.sample(WORDS, 2)
+    place, (w, v) = directory(rng), rng.sample(WORDS, 2)
     slots = {
-        "d": directory(rng, top), "e": directory(rng), "p": place, "w": w, "v": v,
-        "f": f"{place}/{rng.choice(WORDS)}.{extension or rng.choice(EXTENSIONS)}",
+        "d": directory(rng), "e": directory(rng), "p": place, "w": w, "v": v,
+        "f": f"{place}/{rng.choice(WORDS)}.{rng.choice(EXTENSIONS)}",
         "g": f"{rng.choice(WORDS)}.{rng.choice(EXTENSIONS)}",
         "u": rng.choice(USERS), "m": rng.choice(MODES), "x": rng.choice(EXTENSIONS),
     }  # fmt: skip
