@@ -134,6 +134,9 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int
     return y.reshape(q.shape)
 
 
+MANY_QUERIES = 64  # a row; at 32 both ways take the same time
+
+
 def prefix_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix_k: Tensor, prefix_v: Tensor
 ) -> Tensor:
@@ -143,8 +146,15 @@ def prefix_attention(
     The scores on the prefix are ONE product a key head, (B*Q, hd) @ (hd, P), with the batch folded
     into the queries. Row by row it would be B thin products that each read the P keys again, and
     reading keys is what generation waits for. One softmax over both parts makes it plain attention.
+
+    Many queries go to a joined copy of the keys: PyTorch's fused kernel then holds no scores (2.6
+    times faster for a row of 370, 3.5 times for 16 of 128; P = 1,285, two CPU cores).
     """
     P = prefix_k.size(1)
+    if q.size(2) >= MANY_QUERIES:
+        keys = torch.cat((prefix_k.expand(k.size(0), -1, -1, -1), k), 2)
+        values = torch.cat((prefix_v.expand(v.size(0), -1, -1, -1), v), 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=F.pad(mask, (P, 0)))
     q = q * q.size(-1) ** -0.5
     on_prefix = torch.einsum("bkqd,kpd->bkqp", q, prefix_k)
     on_own = q @ k.transpose(2, 3) + mask  # (B, K, Q, S)

@@ -16,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import model as model_module
 from model import (
     Config,
     KVCache,
@@ -79,9 +80,11 @@ def random_model() -> Llama:
 # ----------------------------------------------------------------------------------- attention
 
 
+@pytest.mark.parametrize("many", [1, 64], ids=["joined", "apart"])
 @pytest.mark.parametrize("K", [2, 4], ids=["grouped", "ungrouped"])
-def test_fast_attention_is_its_definition(K):
+def test_fast_attention_is_its_definition(K, many, monkeypatch):
     """At once, in ragged parts through a cache, or behind a shared prefix: softmax(q k^T) v."""
+    monkeypatch.setattr(model_module, "MANY_QUERIES", many)
     model = Llama(Config.from_dict(SHAPE | {"num_key_value_heads": K})).double()
     texts = torch.randn(3, 4 + K + K, 12, 8, dtype=torch.float64)  # 3 texts of 12 tokens, hd = 8
     texts[:, :, :5] = texts[0, :, :5]  # which begin with the same 5
