@@ -6,13 +6,13 @@
 
 A LLaMA of 3.0M parameters is trained on chats that `corpus.py` draws without end, from plain
 protocols to seven house rules. With --grow it starts as the four layers of the first edition, which
-knows plain protocols, with two between them that add nothing yet. The block matrices are updated by Muon: the momentum G of a matrix
-is replaced by the nearest semi-orthogonal matrix U V^T (G = U S V^T), found by Newton-Schulz steps,
-so that every direction learns at the same rate. All other parameters take AdamW. The rate is flat,
-then falls linearly to 0. In the last part every other step sees its block matrices rounded to NF4,
-so that the model is good both quantised and not. Matrix products are in bfloat16 where the
-processor multiplies it fast, weights and their updates in float32. What is measured and kept is a
-running mean of the weights, which is about what a lower rate would come to.
+knows plain protocols, with two between them that add nothing yet. The block matrices are updated by
+Muon: the momentum G of a matrix is replaced by the nearest semi-orthogonal matrix U V^T (G = U S V^T),
+found by Newton-Schulz steps, so that every direction learns at the same rate. All other parameters
+take AdamW. The rate is flat, then falls linearly to 0. In the last part every other step sees its
+block matrices rounded to NF4, so that the model is good both quantised and not. Matrix products are
+in bfloat16 where the processor multiplies it fast, weights and their updates in float32. What is
+measured and kept is a running mean of the weights, which is about what a lower rate would come to.
 
 Lengths vary from step to step, and what the libraries keep for each adds up. On a CPU set
 ONEDNN_PRIMITIVE_CACHE_CAPACITY=128 and MALLOC_MMAP_THRESHOLD_=2000000: with both a process held
@@ -337,8 +337,8 @@ def train(folder, args):
     rest = [p for p in params if all(p is not b for b in blocks)]
     muon = Muon(blocks, args.muon_lr, args.muon_decay)
     adamw = torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    first = resume(folder, model, muon, adamw, args.steps)
-    mean = copy.deepcopy(model)  # of the weights of the last steps: what a lower rate would come to
+    mean = copy.deepcopy(model)  # of the weights of the last steps
+    first = resume(folder, model, mean, muon, adamw, args.steps)
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
@@ -382,7 +382,7 @@ def train(folder, args):
             told = time.time()
         if now - saved > 60 * args.save or last:
             save(mean, folder)
-            save_state(folder, model, muon, adamw, step + 1, args.steps)
+            save_state(folder, model, mean, muon, adamw, step + 1, args.steps)
             saved = time.time()
 
 
@@ -394,14 +394,15 @@ def save(model, folder):
     os.replace(folder / "model.safetensors.new", folder / "model.safetensors")
 
 
-def save_state(folder, model, muon, adamw, step, steps):
+def save_state(folder, model, mean, muon, adamw, step, steps):
     """Write all that a run needs to go on, beside, then rename."""
-    state = {"model": model.state_dict(), "muon": muon.buffers, "adamw": adamw.state_dict(), "step": step, "steps": steps}
+    state = {"model": model.state_dict(), "mean": mean.state_dict(), "muon": muon.buffers, "adamw": adamw.state_dict(),
+             "step": step, "steps": steps}  # fmt: skip
     torch.save(state, folder / "state.pt.new")
     os.replace(folder / "state.pt.new", folder / "state.pt")
 
 
-def resume(folder, model, muon, adamw, steps):
+def resume(folder, model, mean, muon, adamw, steps):
     """Take up the state of the folder, if there is one -> the next step."""
     if not (folder / "state.pt").exists():
         return 0
@@ -409,6 +410,7 @@ def resume(folder, model, muon, adamw, steps):
     if state["steps"] != steps:
         sys.exit(f"{folder} holds a run of {state['steps']} steps, not {steps}; give --steps {state['steps']} or another --out")
     model.load_state_dict(state["model"])
+    mean.load_state_dict(state["mean"])
     for mine, kept in zip(muon.buffers, state["muon"], strict=True):
         mine.copy_(kept)
     adamw.load_state_dict(state["adamw"])
