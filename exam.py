@@ -101,8 +101,8 @@ def first_wish(told: list[str], prompt: Prompt) -> int:
 def blocks(text: str, start: int, end: int) -> list[tuple[int, int]]:
     """Paragraphs and items of lists between two places, as (start, end).
 
-    A blank line parts paragraphs, but not inside a fence; one that ends in a colon goes with what
-    it announces.
+    A blank line parts paragraphs, but not inside a fence; one that ends in a colon goes with the
+    paragraph that it announces, while the items of an announced list are rules of their own.
     """
     found: list[list[int]] = []
     fenced = False
@@ -110,9 +110,9 @@ def blocks(text: str, start: int, end: int) -> list[tuple[int, int]]:
     place = start
     for line in text[start:end].splitlines(True):
         blank = not line.strip() and not fenced
-        begins = gap or (ITEM.match(line) and not fenced)
+        item = ITEM.match(line) and not fenced
         announced = found and text[slice(*found[-1])].rstrip().endswith(":")
-        if not blank and begins and not announced:
+        if not blank and (item or (gap and not announced)):
             found.append([place, place])
         if not blank:
             found[-1][1] = place + len(line)

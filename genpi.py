@@ -231,7 +231,7 @@ def announce(args, chat: Chat, prompt: Prompt) -> None:
     if args.model_path == "tiny":
         alone = "" if args.task == "os" else " and nothing else: expect no sense of this prompt"
         print(
-            "The embedded model is a stand-in of 2.1M parameters that knows agents at a Linux shell"
+            "The embedded model is a stand-in of 3.0M parameters that obeys rules at a Linux shell"
             f"{alone}. For a real one give --model."
         )
 

@@ -2,7 +2,7 @@
 # One rule of a prompt is changed. How long does it take to bring the adapter up to date, and what is lost?
 #
 #     bash example/edit_loop.sh PROMPT SED_SCRIPT [flags of genpi.py]
-#     bash example/edit_loop.sh tiny2/os.txt 's/is the word missing/is the word absent/'
+#     bash example/edit_loop.sh os.txt 's/`halt`/`nope`/'
 #
 # Made are runs/first (of PROMPT), runs/edited (of the edited prompt, --from runs/first, one epoch) and
 # runs/fresh (of the edited prompt, from nothing). The report of runs/edited says what the edit changed, how

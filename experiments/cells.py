@@ -193,7 +193,8 @@ def solve(voice: Voice, prompt: Prompt, with_prompt: bool, cell: Cell) -> list[b
     machine = imaginary_machine()
     rng = random.Random(f"measure-{cell.seed}")
     problems = machine.balanced(cell.asked["problems"], rng, surprising=True)
-    cases = [(problem, prompt, machine.OS) for problem in problems]
+    rules = [rule for rule in machine.OS_RULES if rule.line in prompt.text]
+    cases = [(problem, prompt, machine.OS, rules) for problem in problems]
     rates = machine.Rates()
     machine.judge(rates, "agent", cases, machine.converse(voice, cases, with_prompt))
     return [passed for _, passed, _ in rates["agent: solved"]]

@@ -2,7 +2,7 @@
 
 A record shows a rule if the agent acts otherwise in it once the rule is gone: in a run the exam's
 witnesses (exam.py), so for any prompt and model whose teacher obeys its rules. Who knows what a
-right agent does writes such a file himself, as tiny2/gold.py, and needs no teacher.
+right agent does writes such a file himself, as tiny/gold.py, and needs no teacher.
 
 From the pool samples are chosen of which an exact number shows a rule, and whether an adapter obeys
 it is asked on held-out records that need it:

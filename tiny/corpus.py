@@ -2,18 +2,39 @@
 
 A protocol is what an agent prompt lays down: how the thought and the action are labelled, what the
 three actions are called, how their arguments are written, how the machine's output is announced.
-All of it is drawn at random, a third of the labels being nonsense words, and the wording and the
-examples too: the only way to predict an agent's turn is to read the prompt. What `os.txt` uses is
-held out (`held_out`).
+All of it is drawn at random, a third of the labels being nonsense words, and the wording, the house
+rules (`rules.py`) and the examples too: the only way to predict an agent's turn is to read the
+prompt. What `os.txt` uses is held out (`held_out`).
+
+The course of training (`draw`): plain protocols; then house rules, up to seven, for the most part
+of one family in a prompt, with problems that need one of them or just miss it, so that only their
+topics tell which is due; some chats come a second time with the line of a rule gone. What nobody can
+know, the words of prompts and users, has next to no weight: its gradients would drown the rules'.
 
 Every question is built by the functions of `prompt.py`, `synth.py` and `loss.py` that ask it later,
 so they cannot drift apart.
 """
 
 import random
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from world import directory, random_problem, surprise
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # the modules of the project; no package is installed
+
+from rules import (
+    FAMILIES,
+    OS_RULES,
+    SHARES,
+    look_up,
+    nonsense,
+    obey,
+    problem_for,
+    random_rule,
+    random_rules,
+)
+from world import CHANGES, FACT, USERS, WORDS, directory, machine, random_problem, surprise
 
 from loss import pg_messages
 from prompt import (
@@ -34,8 +55,9 @@ RUN = "bash run shell exec terminal sh execute command cmd console".split()
 FINISH = "finish done stop end complete quit exit close over ready".split()
 ANSWER = "answer reply submit result say return tell report solution value".split()
 LABELS = ["{}:", "{}:", "{}:", "[{}]", "{} -", "<{}>", "## {}:"]
-RUNS = ["{name}\n\n```{lang}\n{x}\n```"] * 3 + ["{name}[{x}]", "{name}\n{x}", "<{name}>{x}</{name}>", "{name}: {x}", "{name} {x}"]
-ANSWERS = ["{name}({x})"] * 3 + ["{name}[{x}]", "<{name}>{x}</{name}>", "{name}: {x}", "{name}\n{x}"]
+# No action has its value behind a space: there a word has other tokens than in the quotes of a rule.
+RUNS = ["{name}\n\n```{lang}\n{x}\n```"] * 3 + ["{name}[{x}]", "{name}\n{x}", "<{name}>{x}</{name}>", "{name}:\n{x}", "{name}({x})"]
+ANSWERS = ["{name}({x})"] * 3 + ["{name}[{x}]", "<{name}>{x}</{name}>", "{name}:\n{x}", "{name}\n{x}"]
 OUTPUTS = [
     ("The output of the OS:\n\n{}", "The output of the OS is empty."),
     ("The output of the shell:\n\n{}", "The output of the shell is empty."),
@@ -80,21 +102,15 @@ TO_ANSWER = [
     "To give the answer to a question, write:", "If you know the answer:", "When the problem asked a question and you have seen the answer:",
     "For a question, when the answer is clear:", "To answer me, only with the value:", "When you can answer, reply:",
 ]  # fmt: skip
-RULES = [
+REMARKS = [
     "Use only one action in a turn.", "Do not answer before you have seen the output.", "Long output is cut.",
     "Write nothing else.", "Keep your thoughts short.", "The answer is only the bare value, with no other words.",
     "Print only what you need.", "I will send you the output of your commands.", "You have ten turns.",
     "Never guess.", "Stop as soon as the problem is solved.",
 ]  # fmt: skip
+HEADERS = ["House rules:", "Rules:", "Rules of the house; what a command is about comes behind it:", "Further rules:", "Please note:", "On this machine:"]
+BULLETS = ["", "- ", "- ", "* ", "{}. ", "({}) ", "Rule {}: "]
 MACHINES = ["the shell of a Linux machine"] * 3 + ["a Linux terminal", "the operating system", "the user and the computer"]
-
-
-def nonsense(rng, capital):
-    """A pronounceable word that means nothing, such as Zorvik or plimo."""
-    word = "".join(rng.choice("b d f g k l m n p r s t v z br pl st tr".split()) + rng.choice("aeiou")
-                   for _ in range(rng.randint(2, 3)))  # fmt: skip
-    word += rng.choice(["", "", "n", "k", "x"])
-    return word.capitalize() if capital else word
 
 
 @dataclass(frozen=True)
@@ -124,18 +140,21 @@ class Protocol:
         """The environment's turn for the output of a command."""
         return self.output_form[0].format(output) if output else self.output_form[1]
 
-    def turns(self, problem):
-        """[in] Problem -> [out] agent and environment texts in turn, ending with the agent's last.
+    def turns(self, problem, rules=()):
+        """[in] Problem and house rules -> [out] agent and environment texts in turn, ending with
+        the agent's last.
         """
         texts = []
-        for thought, command, output in problem.steps:
-            texts += [self.turn(thought, "run", command), self.observe(output)]
-        if problem.answer is None:
-            return [*texts, self.turn("The output is empty, so the change is made.", "finish")]
-        return [*texts, self.turn(f"The output shows that the answer is {problem.answer}.", "answer", problem.answer)]
+        for move in obey(problem, rules):
+            texts.append(self.turn(move.thought, move.act, move.x))
+            if move.output is not None:
+                texts.append(self.observe(move.output))
+        return texts
 
-    def describe(self, rng):
-        """The instructions of a prompt, in random words and order."""
+    def describe(self, rng, short=False):
+        """The instructions of a prompt, in random words and order, as paragraphs; short: the first
+        of them alone, which leaves the form to the examples.
+        """
         labels = {"T": f'"{self.label.format(self.think)}"', "A": f'"{self.label.format(self.act)}"'}
         thought = rng.choice(["your thought", "Why this helps.", "what you know", "A short reason.", "..."])
         actions = [
@@ -146,9 +165,31 @@ class Protocol:
         rng.shuffle(actions)
         number = rng.choice(["", "", "{}. ", "({}) "])
         listed = [f"{number.format(i + 1)}{rng.choice(how)}\n\n{form}" for i, (how, form) in enumerate(actions)]
-        rules = " ".join(rng.sample(RULES, rng.randint(0, 3)))
+        remarks = " ".join(rng.sample(REMARKS, rng.randint(0, 3)))
         head = rng.choice(INTRO) + rng.choice([" ", "\n\n"]) + rng.choice(TURNS).format(**labels)
-        return "\n\n".join(filter(None, [head, *listed, rules]))
+        return [rng.choice(INTRO)] if short else list(filter(None, [head, *listed, remarks]))
+
+
+OS = Protocol(  # what os.txt lays down
+    "Think", "Act", "bash", "finish", "answer", "{}:", RUNS[0], ANSWERS[0], "bash", "\n\n", OUTPUTS[0], "{}"
+)
+
+
+def os_prompt(without=None):
+    """The Prompt in os.txt; without: one of OS_RULES, whose line is taken out.
+
+    Raises: ValueError if the line is not there.
+    """
+    path = HERE.parent / "os.txt"
+    text = path.read_text(encoding="utf-8")
+    for rule in OS_RULES:
+        if text.count(f"- {rule.line}\n") != 1:
+            raise ValueError(f"{path.name} lacks the line: {rule.line}")
+    if without:
+        text = text.replace(f"- {without.line}\n", "")
+        if without.value == "count: X":  # the worked example obeys this one
+            text = text.replace(f"{without.when.clause}: `{without.value}`.", f"{without.when.clause}: none.").replace("answer(count: 220)", "answer(220)")
+    return parse_prompt(text)
 
 
 def held_out(p):
@@ -170,74 +211,175 @@ def random_protocol(rng, strange=0.35):
     return random_protocol(rng, strange) if held_out(p) else p
 
 
-def random_prompt(rng, p, examples=None, short=False):
-    """A Prompt for protocol p: instructions and 0 to 2 worked examples as a chat, or one plain
-    text.
+def list_rules(rng, rules):
+    """The lines of the house rules as one paragraph, each on a line of its own."""
+    header, bullet = rng.choice(HEADERS), rng.choice(BULLETS)
+    lines = [f"{bullet.format(i + 1)}{rule.line}" for i, rule in enumerate(rules)]
+    return [header + ("\n\n" if header else "") + "\n".join(lines)] if rules else []
+
+
+def random_prompt(rng, p, examples=None, rules=(), short=False):
+    """A Prompt for protocol p: instructions, house rules, and worked examples as a chat; or one
+    plain text if examples is None. What is drawn does not depend on the rules.
     """
-    chosen = rng.choices([0, 1, 2, "plain"], [15, 60, 10, 15])[0] if examples is None else examples
-    head = rng.choice(INTRO) if short else p.describe(rng)
-    if chosen == "plain":
+    paragraphs = p.describe(rng, short)
+    place = rng.choice([1, len(paragraphs), len(paragraphs), len(paragraphs)])
+    listed = list_rules(random.Random(rng.getrandbits(32)), rules)
+    head = "\n\n".join([*paragraphs[:place], *listed, *paragraphs[place:]])
+    if examples is None:
         shown = rng.choice(["...", "the output", "what was printed"])
         return parse_prompt(f"{head}\n\nYou will see the output like this:\n\n{p.observe(shown)}\n\n{p.observe('')}")
     text, first = f"<USER>:\n{head}\n\n", True
-    for _ in range(chosen):
-        problem = random_problem(rng, surprise(rng))
+    for problem in examples:
         opened = ("Now, my problem is:\n\n{}" if first and p.open_form == "{}" else p.open_form).format(problem.wish)
         roles = ["<USER>:\n", "<AGENT>:\n"]
         text += ("" if first else roles[0]) + opened + "\n"
-        text += "".join(roles[1 - i % 2] + t + "\n" for i, t in enumerate(p.turns(problem)))
+        text += "".join(roles[1 - i % 2] + t + "\n" for i, t in enumerate(p.turns(problem, rules)))
         first = False
     return parse_prompt(text + ("" if first else "<USER>:\n") + p.open_form.format("{user_input}"))
 
 
-# Each use below gives (messages, weights): weights[i] is the loss weight of message i.
-AGENT, MACHINE, LISTED, REST = 1.0, 0.7, 0.5, 0.15
+def random_examples(rng, rules, know=None, short=False):
+    """The problems of the worked examples: 0 to 2; None: the prompt is a plain text. short: a
+    question and a change, which together show all that a prompt without instructions must.
+    """
+    if short:
+        asked = [random_problem(rng, know or surprise(rng), rng.choice(list(kinds))) for kinds in (FACT, CHANGES)]
+        return rng.sample(asked, 2)
+    n = rng.choices([0, 1, 2, None], [12, 60, 13, 15])[0]
+    return None if n is None else [problem_for(rng, rules, know, share=0.4) for _ in range(n)]
 
 
-def agent_chat(rng, short=False):
-    """The teacher: the prompt, then one to four problems solved under its protocol."""
-    p = random_protocol(rng)
-    prompt = random_prompt(rng, p, examples=1 if short else None, short=short)
-    chat = []
-    for _ in range(rng.randint(2, 4) if prompt.turns else rng.randint(1, 2)):
-        problem = random_problem(rng, surprise(rng))
-        if chat:
-            chat.append(message("user", p.open_form.format(problem.wish) if prompt.opening else problem.wish))
+# Each use below gives (messages, weights): weights[i] is the loss weight of message i. An output
+# that nobody can predict carries none.
+AGENT, MACHINE, LISTED, EXAMPLE, REST, NOTHING = 1.0, 2.0, 1.0, 0.3, 0.01, 0.0
+
+
+def agent_chat(p, prompt, problems, rules):
+    """The teacher: the prompt, then problems solved under its protocol and house rules."""
+    chat, weights = [], []
+    for problem in problems:
+        opened = p.open_form.format(problem.wish) if prompt.opening else problem.wish
+        asked = [message("user", opened)] if chat else prompt.teacher(problem.wish)
+        if not chat:
+            agents = [m["role"] == "assistant" for m in asked]
+            weights = [EXAMPLE if agent else REST for agent in agents]
+            for i in range(1, len(asked) - 1):  # outputs in the worked examples
+                if not agents[i] and agents[i - 1] and not starts(p, asked[i]["content"]):
+                    weights[i] = NOTHING
         else:
-            chat = prompt.teacher(problem.wish)
-        chat += [message(("assistant", "user")[i % 2], t) for i, t in enumerate(p.turns(problem))]
-    return chat, [AGENT if m["role"] == "assistant" else REST for m in chat]
+            weights.append(REST)
+        turns = p.turns(problem, rules)
+        chat += asked + [message(("assistant", "user")[i % 2], t) for i, t in enumerate(turns)]
+        weights += [(AGENT, NOTHING)[i % 2] for i in range(len(turns))]
+    return chat, weights
 
 
-def machine_chat(rng):
-    """The environment: roles swapped, the imaginary machine answers, [END] after the final action.
+def starts(p, text):
+    """Does a user's text start a problem, rather than show an output?"""
+    return not text.startswith((p.output_form[0].split("{}")[0], p.output_form[1]))
+
+
+def agent_chats(rng, n=0, short=False, paired=False, problems=None, kin=False):
+    """An agent's chat under n house rules; paired: and the same without the line of one of them.
+
+    kin: all rules are of one family, and the problems need one of them or just miss them. What tells
+    them apart is then their topics alone, so that no guess comes near to reading them.
     """
     p = random_protocol(rng)
-    prompt = random_prompt(rng, p)
+    family = rng.choices(FAMILIES, SHARES.values())[0] if kin else None
+    rules = random_rules(rng, n, family)
+    n = len(rules)
+    examples = random_examples(rng, rules, short=short)
+    many = problems or (rng.randint(4, 8) if kin else rng.randint(2, 5))
+    chosen = [problem_for(rng, rules, share=0.65) for _ in range(many)]
+    if kin:  # near misses: problems for a rule of the family that is likely not there
+        chosen = [problem_for(rng, [random_rule(rng, family)], share=1) if rng.random() < 0.4 else x for x in chosen]
+    seed = rng.getrandbits(32)
+    sets = [rules]
+    if paired:
+        gone = rng.randrange(n)
+        sets.append(rules[:gone] + rules[gone + 1 :])
+    chats = []
+    for some in sets:
+        prompt = random_prompt(random.Random(seed), p, examples, some, short)
+        chats.append(agent_chat(p, prompt, chosen, some))
+    return chats
+
+
+def rules_chat(rng, n, short=False):
+    """A prompt is asked for its rules: nothing but looking up and filling in, many times over."""
+    family = rng.choices(FAMILIES, SHARES.values())[0] if rng.random() < 0.5 else None
+    rules = random_rules(rng, max(n, 2), family)
+    clauses = {rule.when.clause: rule for rule in rules}
+    near = (random_rule(rng, family or rng.choice(FAMILIES)).when.clause for _ in rules)
+    asked = [*rules, *({"clause": clause} for clause in near if clause not in clauses)]
+    rng.shuffle(asked)
+    if short:
+        prompt = parse_prompt(f"<USER>:\n{list_rules(rng, rules)[0]}\n\n{{user_input}}")
+    else:
+        prompt = random_prompt(rng, random_protocol(rng), random_examples(rng, rules), rules)
+    chat, weights = [], []
+    for due in asked:
+        rule = None if isinstance(due, dict) else due
+        clause = rule.when.clause if rule else due["clause"]
+        place = rng.choice([rng.choice(USERS), rng.choice(WORDS), directory(rng), str(rng.randint(0, 999))])
+        wish = rng.choice([f"Which rule is there {clause}? It is about {place}.", f"It is about {place}. What is the rule {clause}?"])
+        said = look_up("", clause, rule).strip() + (f" Here: `{rule.fill(place)}`." if rule else "")
+        opened = [message("user", wish)] if chat else prompt.teacher(wish)
+        chat += [*opened, message("assistant", said)]
+        weights += [REST] * len(opened) + [AGENT]
+    return chat, weights
+
+
+def one_problem(seed, rules, problem):
+    """An agent's chat of one problem under these rules; seed: what the prompt is drawn from."""
+    rng = random.Random(seed)
+    p = random_protocol(rng)
+    examples = random_examples(rng, ())
+    return agent_chat(p, random_prompt(rng, p, examples, rules), [problem], rules)
+
+
+NUMBERS = [kind for kind, fact in FACT.items() if fact == "count"]
+
+
+def machine_chat(rng, n=0, short=False):
+    """The environment: roles swapped, the imaginary machine answers, [END] after the final action.
+
+    All outputs, those of the worked examples too, are facts of the machine. short: no prompt, many
+    problems, so that names and facts stand close together.
+    """
+    p, rules = random_protocol(rng), random_rules(rng, n)
+    examples = [] if short else random_examples(rng, rules, know=machine)
+    prompt = parse_prompt("<USER>:\n{user_input}") if short else random_prompt(rng, p, examples, rules)
     chat, weights = None, []
-    for _ in range(rng.randint(2, 4)):
-        problem = random_problem(rng)
+    for _ in range(rng.randint(6, 12) if short else rng.randint(2, 4)):
+        number = short and rng.random() < 0.6  # the numbers are most of what there is to know
+        problem = random_problem(rng, machine, rng.choice(NUMBERS)) if number else problem_for(rng, rules, machine)
+        turns = p.turns(problem, rules)
         if chat is None:
             task = Task("machine", rng.choice(MACHINES), max_turns=10)
-            chat = environment_messages(prompt, task, problem.wish, p.turns(problem))
-            played = len(p.turns(problem))
-            weights = [REST] * (len(chat) - played)
+            chat = environment_messages(prompt, task, problem.wish, turns)
+            shown = chat[: len(chat) - len(turns)]
+            weights = [REST] * len(shown)
+            for i, m in enumerate(shown):
+                if m["role"] == "assistant" and not starts(p, m["content"]):
+                    weights[i] = MACHINE
         else:
             chat += [message("user", START), message("assistant", p.open_form.format(problem.wish))]
-            chat += [message(("user", "assistant")[i % 2], t) for i, t in enumerate(p.turns(problem))]
-            played = len(p.turns(problem))
+            chat += [message(("user", "assistant")[i % 2], t) for i, t in enumerate(turns)]
             weights += [REST, REST]
-        weights += [(REST, MACHINE)[i % 2] for i in range(played)]
+        weights += [(REST, MACHINE)[i % 2] for i in range(len(turns))]
         chat.append(message("assistant", END))
-        weights.append(MACHINE)
+        weights.append(LISTED)
     return chat, weights
 
 
 def inputs_chat(rng):
     """The generator of pseudo inputs: a numbered list of wishes is continued."""
-    prompt = random_prompt(rng, random_protocol(rng))
-    shown, n = rng.choice([0, 1, 3, 5, 5, 5, 5]), rng.randint(5, 10)
-    wishes = [random_problem(rng).wish for _ in range(shown + n)]
+    prompt = first_replies(rng)[0]
+    shown, n = rng.choice([0, 1, 3, 5, 5, 5, 5]), rng.randint(5, 16)
+    wishes = [random_problem(rng, openers=[""]).wish for _ in range(shown + n)]
     listed = [f"{i + 1}. {wish}" for i, wish in enumerate(wishes)]
     chat = inputs_messages(prompt, wishes[:shown], n) + [message("assistant", "\n".join(listed[shown:]))]
     return chat, [REST, REST, LISTED]
@@ -245,7 +387,7 @@ def inputs_chat(rng):
 
 def advice(rng, problem):
     """What a general assistant says to a wish: which command would do it."""
-    command = problem.steps[0][1]
+    command = problem.steps[0].command
     if len(problem.steps) > 1:
         return rng.choice([
             f"This takes two steps. The command `{command}` {problem.advice}. Use its name in the second command.",
@@ -281,9 +423,11 @@ def general_chat(rng):
     return (chat, weights) if rng.random() < 0.9 else (chat[1:], weights[1:])
 
 
-def reason(rng, p, problem):
-    """About five sentences on why the protocol turns advice into an action."""
-    command, act, think = problem.steps[0][1], p.label.format(p.act), p.label.format(p.think)
+def reason(rng, p, problem, rules=()):
+    """About five sentences on why the protocol turns advice into an action, and which house rule
+    has a part in it.
+    """
+    command, act, think = problem.steps[0].command, p.label.format(p.act), p.label.format(p.think)
     said = ["talks about the command", "explains the command", "gives advice about the command", "names the command"]
     sentences = [
         [f"The first reply only {s} `{command}` and leaves the work to the user." for s in said]
@@ -309,54 +453,73 @@ def reason(rng, p, problem):
     chosen = [rng.choice(row) for row in sentences]
     if rng.random() < 0.3:
         chosen[1:3] = chosen[2:0:-1]
+    for rule in rules:
+        if rule.applies(problem) and rule.shown([obey(problem, [rule])[0][:3]]):
+            chosen[-1] = rng.choice(["Here the rule applies: ", "One line of the prompt matters here: ", "It obeys the rule: "]) + rule.line
     return " ".join(chosen)
 
 
 def first_replies(rng):
-    """(protocol, prompt, problem, student output, first teacher output) for the two chats below."""
-    p = random_protocol(rng)
-    problem = random_problem(rng)
-    return p, random_prompt(rng, p), problem, advice(rng, problem), p.turns(problem)[0]
+    """(prompt, problem, student output, first teacher output, reason) for a chat below."""
+    p, rules = random_protocol(rng), random_rules(rng, rng.choice([0, 1, 2, 4, 6]))
+    problem = problem_for(rng, rules)
+    prompt = random_prompt(rng, p, random_examples(rng, rules), rules)
+    why = reason(rng, p, problem, rules)
+    return prompt, problem, advice(rng, problem), p.turns(problem, rules)[0], why
 
 
 def reason_chat(rng):
     """The generator of reasons."""
-    p, prompt, problem, student, teacher = first_replies(rng)
+    prompt, problem, student, teacher, why = first_replies(rng)
     chat = reason_messages(prompt, Record(0, problem.wish, [teacher], student))
-    return [*chat, message("assistant", reason(rng, p, problem))], [REST, REST, LISTED]
+    return [*chat, message("assistant", why)], [REST, REST, LISTED]
 
 
 def prompt_chat(rng):
     """The PG question about a prompt that can only be guessed: what a prompt and a reason look
     like.
     """
-    p, prompt, problem, student, teacher = first_replies(rng)
-    record = Record(0, problem.wish, [teacher], student, reason(rng, p, problem))
+    prompt, problem, student, teacher, why = first_replies(rng)
+    record = Record(0, problem.wish, [teacher], student, why)
     return pg_messages(prompt, record), [REST] * 3
 
 
-USES = {agent_chat: 50, machine_chat: 19, inputs_chat: 9, general_chat: 10, reason_chat: 8, prompt_chat: 4}
+STAGES = [  # (share of the second part at which it begins, numbers of house rules, share of pairs, share of kin)
+    (0.0, [1, 2, 3, 4], 0.4, 1.0), (0.6, [0, 1, 2, 3, 4, 5, 6], 0.4, 0.8), (0.9, [0, 1, 2, 3, 4, 5, 6, 7], 0.4, 0.5),
+]  # fmt: skip
+LONG = 0.005  # share of chats that are longer than 2,048 tokens, from 0.5 on
 
 
-def random_chat(rng):
-    """One training chat: (messages, weight of each message)."""
-    return rng.choices(list(USES), list(USES.values()))[0](rng)
+def draw(rng, share):
+    """Some chats of the training: [(messages, weight of each message), ...].
 
-
-def short_chat(rng):
-    """A chat of the first part of training: short prompts, where reading a label is learnt fastest.
+    share: how much of the second part, the one with house rules, is over; below 0 the first part
+    goes on, whose protocols are plain.
     """
-    return general_chat(rng) if rng.random() < 0.15 else agent_chat(rng, short=True)
+    numbers, pairs, kin = next(stage[1:] for stage in reversed(STAGES) if stage[0] <= max(share, 0))
+    n = rng.choice(numbers) if share >= 0 else 0
+    if share >= 0.5 and rng.random() < LONG:
+        return agent_chats(rng, n, problems=rng.randint(14, 20))
+    if n and rng.random() < 0.08:
+        return [rules_chat(rng, n, short=rng.random() < 0.5)]
+    use = rng.random()
+    if use < 0.59:
+        short = rng.random() < (0.6 if share < 0.55 else 0.3)
+        return agent_chats(rng, n, short, n > 0 and rng.random() < pairs, kin=n > 0 and rng.random() < kin)
+    if use < 0.83:
+        return [machine_chat(rng, n, short=rng.random() < 0.6)]
+    if use < 0.88:
+        return [general_chat(rng)]
+    return [rng.choices([inputs_chat, reason_chat, prompt_chat], [12, 5, 2])[0](rng)]
 
 
 def main():
     rng = random.Random(0)
-    for use in USES:
-        chat, weights = use(rng)
-        print(f"===== {use.__name__}")
+    chats = [*agent_chats(rng, 3, paired=True), machine_chat(rng, 2), machine_chat(rng, short=True)]
+    for chat, weights in [*chats, *(use(rng) for use in (inputs_chat, general_chat, reason_chat, prompt_chat))]:
+        print("=====")
         for m, weight in zip(chat, weights, strict=True):
             print(f"--- {m['role']} ({weight})\n{m['content']}")
-    print(directory(rng))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure the embedded model: does it read os.txt, and can it play every part that GenPI gives it?
 
-    python tiny/measure.py                  the model beside this file; five minutes of processor time
+    python tiny/measure.py                  the model beside this file; ten minutes of processor time
     python tiny/measure.py --model OTHER --bits 4 --json other.json
     python tiny/measure.py --run runs/os    the agent only: with os.txt, without, and with the adapter
 
@@ -10,6 +10,10 @@
     inputs        lists new problems
     reasons       says why the prompt turns the first reply into the second
     protocols     the agent again, under prompts in which every label is a nonsense word
+    os rules      problems for each house rule of os.txt: is it obeyed, is it absent elsewhere?
+    os rules gone the same without the line of the rule, which must not show any more
+    rules         random protocols under one to seven random house rules, whose values are as new to
+    rules gone    the model as those of os.txt; and without the line of one of them
 
 The problems are fresh and equally many of each kind; training draws its own from other seeds. Each
 rate is k of n with its Wilson 95 % interval. "Right" means equal to the commands that `world.py`
@@ -33,7 +37,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]  # the modules of the project; no package is installed
 
 import world
-from corpus import OUTPUTS, Protocol, random_prompt, random_protocol
+from corpus import OS, os_prompt, random_examples, random_prompt, random_protocol
+from rules import FAMILIES, OS_RULES, obey, obeyed, problem_for, random_rules
 
 from lora import adapter_off
 from model import load_model
@@ -43,7 +48,6 @@ from prompt import (
     environment_messages,
     os_action,
     parse_demos,
-    parse_prompt,
     student_messages,
 )
 from prompt import OS as TASK
@@ -54,17 +58,13 @@ from synth import Plan, more_inputs, normalised, reason_messages
 from train import open_model
 
 TURN = Sampling(128)  # greedy
-BLOCK = "{name}\n\n```{lang}\n{x}\n```"
-ACTS = ("bash", "finish", "answer")
-OS = Protocol(  # what os.txt lays down
-    "Think", "Act", *ACTS, "{}:", BLOCK, "{name}({x})", "bash", "\n\n", OUTPUTS[0], "{}"
-)
-OF_OS = re.compile(rf"\b(Think|Act):|\b({'|'.join(ACTS)})\b")  # belongs in no general reply
+ACTS = {"run": "bash", "finish": "finish", "answer": "answer"}  # of os_action
+OF_OS = re.compile(rf"\b(Think|Act):|\b({'|'.join(ACTS.values())})\b")  # belongs in no general reply
 PATH = r"/[\w/]+"
 SLOTS = {"d": PATH, "e": PATH, "f": PATH + r"\.\w+", "g": r"\w+\.\w+", "m": "[0-7]{3}"}  # else \w+
 PRINTS = {  # fact of the machine -> how it is printed
     "count": r"\d+", "owner": "|".join(world.USERS), "mode": "[0-7]{3}", "first": "[a-z]+",
-    "last": "[a-z]+", "largest": r"\w+\.\w+", "newest": r"\w+\.\w+", "exists": "yes|no",
+    "last": "[a-z]+", "largest": r"\w+\.\w+", "newest": r"\w+\.\w+",
 }  # fmt: skip
 
 
@@ -80,8 +80,8 @@ def balanced(n, rng, surprising=False):
     """n fresh problems, all kinds in turn. surprising: the outputs do not follow from the names."""
     found = {kind: [] for kind in world.KINDS}
     while min(map(len, found.values())) < n // len(found):
-        output = world.surprise(rng) if surprising else world.machine
-        problem = world.random_problem(rng, output)
+        know = world.surprise(rng) if surprising else world.machine
+        problem = world.random_problem(rng, know)
         found[problem.kind].append(problem)
     return [problem for row in zip(*found.values(), strict=False) for problem in row][:n]
 
@@ -90,33 +90,40 @@ def balanced(n, rng, surprising=False):
 
 
 def reader(protocol):
-    """A strict reading of turns: text -> action as from os_action, None for any other text.
+    """A strict reading of turns: text -> (thought, act, x) with act run, finish or answer, or None.
 
     A command is one line here, since no problem of the world needs two.
     """
     forms = {}
-    for name, act in zip(("run", "finish", "answer"), ACTS, strict=True):
-        form = re.escape(protocol.turn("THOUGHT", name, "VALUE"))
-        forms[act] = form.replace("THOUGHT", r"[^\n]+").replace("VALUE", r"([^\n]+)")
+    for act in ACTS:
+        form = re.escape(protocol.turn("THOUGHT", act, "VALUE"))
+        forms[act] = form.replace("THOUGHT", r"([^\n]+)").replace("VALUE", r"([^\n]+)")
 
     def read(text):
         found = ((act, re.fullmatch(form, text)) for act, form in forms.items())
-        return next(((act, *match.groups()) for act, match in found if match), None)
+        return next(((t[1], act, t[2] if act != "finish" else None) for act, t in found if t), None)
 
     return read
 
 
-def printed(problem, command):
-    """The output of a command: the problem's own, else one of the right kind, else nothing."""
-    known = {command: output for _, command, output in problem.steps}
-    try:
-        return known[command] if command in known else world.surprise(random.Random(0))(command)
-    except (KeyError, ValueError):  # a name or a command that the imaginary machine does not have
-        return ""
+def action(protocol, text):
+    """What a turn does, (act, x) or None: for os.txt as os_action reads it, else as `reader`."""
+    if protocol is not OS:
+        move = reader(protocol)(text)
+        return move and move[1:]
+    taken = os_action(text)
+    act = taken and next(act for act, name in ACTS.items() if name == taken[0])
+    return taken and (act, taken[1] if len(taken) > 1 else None)
+
+
+def printed(problem, rules, command):
+    """The output of a command: the one that belongs to the problem, else nothing."""
+    known = {move.x: move.output for some in ((), rules) for move in obey(problem, some)}
+    return known.get(command) or ""
 
 
 def converse(voice, cases, with_prompt=True):
-    """Let the agent work on cases (problem, prompt, protocol) -> the texts of each, agent first."""
+    """Let the agent work on cases (problem, prompt, protocol, rules) -> the texts, agent first."""
     talks, busy = [[] for _ in cases], range(len(cases))
     for _ in range(TASK.max_turns):
         views = {i: cases[i][1].teacher if with_prompt else student_messages for i in busy}
@@ -126,27 +133,86 @@ def converse(voice, cases, with_prompt=True):
         asked = {i: messages for i, messages in asked.items() if voice.fits(messages, room)}
         busy = []
         for i, text in zip(asked, say(voice, list(asked.values()), TURN), strict=True):
-            problem, _, protocol = cases[i]
+            problem, _, protocol, rules = cases[i]
             talks[i].append(text)
-            action = os_action(text) if protocol is OS else reader(protocol)(text)
-            if action and action[0] == "bash":
-                talks[i].append(protocol.observe(printed(problem, action[1])))
+            taken = action(protocol, text)
+            if taken and taken[0] == "run":
+                talks[i].append(protocol.observe(printed(problem, rules, taken[1])))
                 busy.append(i)
     return talks
 
 
 def judge(rates, name, cases, talks):
     """Note which conversations have the protocol's form in every turn, and which go right."""
-    for (problem, _, protocol), talk in zip(cases, talks, strict=True):
+    for (problem, _, protocol, rules), talk in zip(cases, talks, strict=True):
         formal = [reader(protocol)(turn) for turn in talk[::2]]
-        actions = [os_action(turn) for turn in talk[::2]] if protocol is OS else formal
-        end = ("finish",) if problem.answer is None else ("answer", problem.answer)
-        wanted = [*(("bash", command) for _, command, _ in problem.steps), end]
+        actions = [action(protocol, turn) for turn in talk[::2]]
+        wanted = [(move.act, move.x) for move in obey(problem, rules)]
         rates.note(problem.kind, "\n\n".join([problem.wish, *talk]), {
-            f"{name}: follows the prompt": formal and all(formal) and formal[-1][0] != "bash",
-            f"{name}: first command right": actions[:1] == wanted[:1],
+            f"{name}: follows the prompt": formal and all(formal) and formal[-1][1] != "run",
+            f"{name}: first action right": actions[:1] == wanted[:1],
             f"{name}: solved": actions == wanted,
         })  # fmt: skip
+
+
+def judge_rules(rates, name, cases, talks, gone=None):
+    """Note of every house rule whether it is obeyed where it applies, and absent where it does not.
+
+    gone: the rule of each case whose line was taken out; it alone is judged, and must be absent.
+    """
+    for i, ((problem, _, protocol, rules), talk) in enumerate(zip(cases, talks, strict=True)):
+        moves = [reader(protocol)(turn) for turn in talk[::2]]
+        told = [move for move in moves if move]
+        said = "\n\n".join([problem.wish, *talk])
+        wanted = obey(problem, rules)
+        if gone:
+            rates.note(gone[i].family, f"{gone[i].line}\n\n{said}", {f"{name}: absent": not gone[i].shown(told)})
+            continue
+        for rule in rules:
+            if rule.applies(problem) and rule.shown([move[:3] for move in wanted]):  # no other forbids it
+                passed = {f"{name}: {rule.family} obeyed": obeyed(rule, moves, wanted)}
+            else:
+                passed = {f"{name}: absent where it does not apply": not rule.shown(told)}
+            rates.note(rule.family, f"{rule.line}\n\n{said}", passed)
+
+
+def os_rule_cases(rng, n):
+    """(cases, the rule of each): n problems for every house rule of os.txt."""
+    chosen = [rule for rule in OS_RULES for _ in range(n)]
+    return [(problem_that_applies(rng, rule, OS_RULES), os_prompt(), OS, OS_RULES) for rule in chosen], chosen
+
+
+def problem_that_applies(rng, rule, rules):
+    """A fresh problem in which a rule among rules applies, and no other is in its way."""
+    while True:
+        problem = problem_for(rng, [rule], share=1)
+        if rule.applies(problem) and rule.shown([move[:3] for move in obey(problem, rules)]):
+            return problem
+
+
+def os_rules(rates, voice, rng, n):
+    """The house rules of os.txt with their lines, and one line at a time without."""
+    cases, due = os_rule_cases(rng, n)
+    judge_rules(rates, "os rules", cases, converse(voice, cases))
+    cases = [(x, os_prompt(rule), OS, [r for r in OS_RULES if r is not rule])
+             for (x, *_), rule in zip(cases, due, strict=True)]  # fmt: skip
+    judge_rules(rates, "os rules gone", cases, converse(voice, cases), due)
+
+
+def random_rule_cases(rng, n):
+    """(cases, the same without the line of the rule in mind, that rule): one to seven rules each."""
+    cases, without, due = [], [], []
+    while len(cases) < n:
+        rules = random_rules(rng, rng.randint(1, 7))
+        rule = next((r for r in rules if r.family == FAMILIES[len(cases) % len(FAMILIES)]), None)
+        if rule is None:
+            continue
+        problem, p, seed = problem_that_applies(rng, rule, rules), random_protocol(rng), rng.getrandbits(32)
+        examples = random_examples(rng, rules)
+        due.append(rule)
+        for some, row in ((rules, cases), ([r for r in rules if r is not rule], without)):
+            row.append((problem, random_prompt(random.Random(seed), p, examples, some), p, some))
+    return cases, without, due
 
 
 # ------------------------------------------------------------------------------------- other parts
@@ -156,33 +222,43 @@ def no_prompt(rates, problems, replies):
     for problem, reply in zip(problems, replies, strict=True):
         rates.note(problem.kind, f"{problem.wish}\n\n{reply}", {
             "no prompt: nothing of os.txt": reply and not OF_OS.search(reply),
-            "no prompt: names the right command": f"`{problem.steps[0][1]}`" in reply,
+            "no prompt: names the right command": f"`{problem.steps[0].command}`" in reply,
         })  # fmt: skip
 
 
-def environment(rates, voice, prompt, problems):
+def environment(rates, voice, prompt, problems, rules):
     """Note what the environment says to right agent turns -> how varied its numbers are."""
-    asked = []  # (problem, turns so far, the command to be answered or None after the last turn)
+    asked = []  # (problem, turns so far, the move to be answered or None after the last turn)
     for problem in problems:
-        turns = OS.turns(problem)
-        asked += [(problem, turns[: 2 * i + 1], step[1]) for i, step in enumerate(problem.steps)]
+        moves, turns = obey(problem, rules), OS.turns(problem, rules)
+        asked += [(problem, turns[: 2 * i + 1], move) for i, move in enumerate(moves[:-1])]
         asked.append((problem, turns, None))
     views = [environment_messages(prompt, TASK, p.wish, turns) for p, turns, _ in asked]
     replies = say(voice, views, TURN)
     numbers, due = set(), set()
-    for (problem, turns, command), reply in zip(asked, replies, strict=True):
+    for (problem, turns, move), reply in zip(asked, replies, strict=True):
         said = f"{problem.wish}\n\n{turns[-1]}\n\n{reply}"
-        if command is None:
+        if move is None:
             rates.note(problem.kind, said, {"environment: [END] at the end": reply == END})
             continue
-        right = OS.observe(world.machine(command))
-        fact = next(fact for form, fact in world.RULES if re.fullmatch(form, command))
-        form = re.escape(OS.observe(fact and "VALUE")).replace("VALUE", f"({PRINTS.get(fact)})")
-        passed = {"form and kind": re.fullmatch(form, reply), "as the machine": reply == right}
+        right, fact = OS.observe(move.output), world.FACT.get(move.use)
+        passed = {"form and kind": form_of(move, fact, reply), "as the machine": reply == right}
         rates.note(problem.kind, said, {f"environment: {k}": ok for k, ok in passed.items()})
-        if fact == "count":
+        if fact == "count" and move.output.isdigit():
             numbers, due = numbers | {reply}, due | {right}
     return {"environment: distinct numbers": f"{len(numbers)} (the machine has {len(due)})"}
+
+
+def form_of(move, fact, reply):
+    """Has a reply the form of an output to this command: a fact of its kind, an error or nothing?"""
+    if fact is None and move.use in world.CHANGES:
+        prints = [f".*{world.NO_FILE}"]
+    elif fact is None:
+        prints = [".+"] if move.use == "check" else ["yes", "no"]
+    else:
+        prints = [PRINTS[fact], rf".*{world.NO_FILE}(\n0)?", rf"[a-z ]+ {re.escape(world.CUT)}"]
+    form = re.escape(OS.observe("VALUE")).replace("VALUE", f"({'|'.join(prints)})")
+    return reply == OS.observe("") or re.fullmatch(form, reply)
 
 
 def wish_patterns():
@@ -220,7 +296,7 @@ def reasons(rates, problems, texts):
         rates.note(problem.kind, text, {
             "reasons: 3 to 7 sentences": 3 <= counts[i] <= 7,
             "reasons: distinct": text not in texts[:i],
-            "reasons: name the command": f"`{problem.steps[0][1]}`" in text,
+            "reasons: name the command": f"`{problem.steps[0].command}`" in text,
         })  # fmt: skip
     return {"reasons: mean sentences": round(sum(counts) / len(counts), 2)}
 
@@ -231,14 +307,20 @@ def reasons(rates, problems, texts):
 def measure(voice, args):
     """All parts in turn -> (rates, other values)."""
     rates, rng = Rates(), random.Random(f"measure-{args.seed}")
-    prompt = parse_prompt((HERE.parent / "os.txt").read_text(encoding="utf-8"))
+    prompt = os_prompt()
     problems = balanced(args.problems, rng, surprising=True)
-    cases = [(problem, prompt, OS) for problem in problems]
+    cases = [(problem, prompt, OS, OS_RULES) for problem in problems]
     talks = converse(voice, cases)
     judge(rates, "agent", cases, talks)
+    os_rules(rates, voice, rng, args.problems // len(OS_RULES))
+    cases, without, due = random_rule_cases(rng, args.problems)
+    talks_of_rules = converse(voice, cases)
+    judge(rates, "rules", cases, talks_of_rules)
+    judge_rules(rates, "rules", cases, talks_of_rules)
+    judge_rules(rates, "rules gone", without, converse(voice, without), due)
     students = say(voice, [student_messages(problem.wish) for problem in problems], TURN)
     no_prompt(rates, problems, students)
-    values = environment(rates, voice, prompt, balanced(args.problems, rng))
+    values = environment(rates, voice, prompt, balanced(args.problems, rng), OS_RULES)
     values |= inputs(rates, voice, prompt, 6 * args.problems // 5, args.seed)
     some = problems[: len(problems) // 3]  # the last two parts are slow
     replies = zip(some, students, talks, strict=False)
@@ -246,23 +328,33 @@ def measure(voice, args):
     asked = [reason_messages(prompt, record) for record in records]
     seeds = [args.seed + i for i in range(len(asked))]
     values |= reasons(rates, some, say(voice, asked, Sampling(512, 0.7, 0.9), seeds))
-    protocols = [random_protocol(rng, strange=1.0) for _ in some]
-    cases = [(x, random_prompt(rng, p), p) for x, p in zip(some, protocols, strict=True)]
+    protocols = [random_protocol(rng, strange=1.0) for _ in problems]
+    cases = [(x, random_prompt(rng, p, random_examples(rng, ())), p, ()) for x, p in zip(problems, protocols, strict=True)]
     judge(rates, "protocols", cases, converse(voice, cases))
     return rates, values
 
 
 def three_ways(folder, problems, seed):
-    """The agent on the imaginary machine: the base with os.txt and without, and the adapter."""
+    """The agent on the imaginary machine: the base with os.txt and without, and the adapter.
+
+    The house rules are judged on problems of their own, as far as they stand in the run's prompt.
+    """
     run = load_run(folder)
     model, chat = open_model(run)
     voice, rates = Voice(model, chat), Rates()
     rng = random.Random(f"measure-{seed}")
-    cases = [(problem, run.prompt, OS) for problem in balanced(problems, rng, surprising=True)]
-    judge(rates, "adapter", cases, converse(voice, cases, with_prompt=False))
+    rules = [rule for rule in OS_RULES if rule.line in run.prompt.text]
+    plain = [(problem, run.prompt, OS, rules) for problem in balanced(problems, rng, surprising=True)]
+    ruled = [(problem_that_applies(rng, rule, rules), run.prompt, OS, rules) for rule in rules for _ in range(24)]
+
+    def play(name, with_prompt):
+        judge(rates, name, plain, converse(voice, plain, with_prompt))
+        judge_rules(rates, name, ruled, converse(voice, ruled, with_prompt))
+
+    play("adapter", with_prompt=False)
     with adapter_off(model):
-        judge(rates, "prompt", cases, converse(voice, cases))
-        judge(rates, "neither", cases, converse(voice, cases, with_prompt=False))
+        play("prompt", with_prompt=True)
+        play("neither", with_prompt=False)
     return rates
 
 
@@ -280,14 +372,14 @@ def summary(trials):
 
 
 def print_table(rates, values):
-    print(f"{'rate':<36}{'k of n':>10}{'%':>7}  {'95 % interval':<15}worst kinds")
+    print(f"{'rate':<46}{'k of n':>10}{'%':>7}  {'95 % interval':<15}worst kinds")
     for name, row in rates.items():
         worst = ", ".join(f"{kind} {k}/{n}" for kind, (k, n) in list(row["kinds"].items())[:4])
         interval = f"{100 * row['low']:.1f} - {100 * row['high']:.1f}"
         share = f"{row['k']:>3} of {row['n']:<3}{100 * row['k'] / row['n']:>7.1f}"
-        print(f"{name:<36}{share}  {interval:<15}{worst}".rstrip())
+        print(f"{name:<46}{share}  {interval:<15}{worst}".rstrip())
     for name, value in values.items():
-        print(f"{name:<36}{value}")
+        print(f"{name:<46}{value}")
 
 
 def main():

@@ -88,30 +88,33 @@ def about(topic):
 
 # ------------------------------------------------------------------------------------------- values
 
-LOOKS = ["ls -l X", "ls -ld X", "ls -la X", "ls -s X", "stat X", "stat -t X", "stat -c %n X", "test -e X && echo {w}",
-         "file X", "readlink -f X", "lsattr X", "{w} X", "{w} -{l} X", "{w} X && echo {v}", "{c} X", "{c} -{l} X", "{c} --{w} X", "{c} -{l} {v} X"]  # fmt: skip
+# A command is followed by what it is about; an answer stands in the place of the X of its form.
+LOOKS = ["ls -l", "ls -ld", "ls -la", "ls -s", "stat", "stat -t", "stat -c %n", "file", "readlink -f", "lsattr",
+         "{c}", "{w}", "{w} -{l}", "{w} {v}", "{c} {w}", "{c} -{l}", "{c} --{w}", "{c} -{l} {v}"]
 TOOLS = {  # use of a command -> (how a clause says it, commands)
-    "count_words": ("to count words", ["cat X | wc -w", "tr -s ' ' '\\n' < X | wc -l", "awk '{n += NF} END {print n}' X"]),
-    "size": ("to measure megabytes", ["du -m -s X", "du -BM X | tail -n 1", "du -m X | tail -n 1", "du -hs X"]),
-    "processes": ("to count processes", ["pgrep -c -u X", "pgrep -u X | wc -l", "ps aux | grep -c X", "ps -U X -o pid | wc -l"]),
-    "cron": ("to count cron jobs", ["crontab -l -u X | grep -c ''", "grep -c '' /var/spool/cron/X", "cat /var/spool/cron/X | wc -l"]),
-    "logins": ("to count logins", ["last | grep -c X", "last -w X | wc -l", "who | grep -c X"]),
-    "owner": ("to find an owner", ["ls -l X | cut -d ' ' -f 3", "find X -printf %u", "stat --format=%U X"]),
-    "mode": ("to read permissions", ["find X -printf %m", "stat --format=%a X", "stat -c %#a X"]),
-    "first_line": ("to read a first line", ["sed -n 1p X", "head -1 X", "sed 1q X", "awk 'NR == 1' X"]),
-    "last_line": ("to read a last line", ["sed -n '$p' X", "tail -1 X", "tac X | head -n 1", "awk 'END {print}' X"]),
-    "largest": ("to find the largest", ["ls -1S X | head -n 1", "ls -S X | sed 1q", "du -a X | sort -n | tail -n 1"]),
-    "newest": ("to find the newest", ["ls -1t X | head -n 1", "ls -t X | sed 1q", "ls -rt X | tail -n 1"]),
-    "content": ("to show a text", ["less X", "more X", "head -n 20 X", "tac X"]),
-    "delete": ("to delete", ["unlink X", "rm -f X", "shred -u X", "rm -v X"]),
-    "make_directory": ("to make a new directory", ["mkdir X", "install -d X", "mkdir -m 750 X"]),
-    "make_file": ("to make an empty file", ["> X", "truncate -s 0 X", "install /dev/null X"]),
-}  # fmt: skip
+    "count_words": ("to count words", ["wc -w", "wc --total -w", "countwords", "nwords"]),
+    "size": ("to measure megabytes", ["du -m -s", "du -BM -s", "du --total -m", "megabytes-of"]),
+    "processes": ("to count processes", ["pgrep -c -u", "pgrep --count -u", "procs -n", "ps -h --count"]),
+    "cron": ("to count cron jobs", ["cronjobs", "cron-of -n", "count-jobs"]),
+    "logins": ("to count logins", ["logins-of", "last --count", "who -n"]),
+    "owner": ("to find an owner", ["stat --format=%U", "stat -L -c %U", "owner-of", "find -printf %u"]),
+    "mode": ("to read permissions", ["stat --format=%a", "stat -L -c %a", "mode-of", "find -printf %m"]),
+    "first_line": ("to read a first line", ["sed -n 1p", "head -1", "sed 1q", "awk 'NR == 1'"]),
+    "last_line": ("to read a last line", ["sed -n '$p'", "tail -1", "awk 'END {print}'"]),
+    "largest": ("to find the largest", ["largest-of", "ls -S1 --first", "bysize -r"]),
+    "newest": ("to find the newest", ["newest-of", "ls -t1 --first", "bydate -r"]),
+    "content": ("to show a text", ["less", "more", "head -n 20", "tac", "nl"]),
+    "delete": ("to delete", ["unlink", "rm -f", "shred -u", "rm -v"]),
+    "make_directory": ("to make a new directory", ["mkdir", "install -d", "mkdir -m 750"]),
+    "make_file": ("to make an empty file", [">", "truncate -s 0", "install /dev/null"]),
+}
 PROGRAMS = "cat wc head tail du find stat ls file test nl od awk sed sort grep cut tr".split()
-OWN_TOOLS = ["{w} X", "{w} -{l} X", "{w} {v} X", "{w} X | {v}", "{c} --{w} X", "{c} X | {w} -{l}", "{c} X | {c} --{w}", "{c} --{w}=%{l} X"]
-FORMS = ["X {t}", "{t}: X", "X {w}", "{w} X", "{w}: X", "X {w}", "{w} X", "X {U}", "{U}: X", "'X'", "X."]
-WORDS_OF_END = ["missing", "forbidden", "nothing", "failed", "broken", "closed", "denied", "stop", "void", "sorry", "blocked",
+OWN_TOOLS = ["{w}", "{w} -{l}", "{w} {v}", "{c} --{w}", "{c} {w}", "{c} {w} -{l}", "{c} --{w}=%{l}", "{w} <"]
+FLAGS = "lines words chars bytes max total format count size time name zero quiet all long full short brief printf".split()
+FORMS = ["X {t}", "{t}: X", "X {w}", "{w} X", "{w}: X", "X {w}", "{w} X", "X {U}", "{U}: X", "X {f}"]
+WORDS_OF_END = ["missing", "forbidden", "nothing", "failed", "broken", "closed", "denied", "stop", "void", "sorry", "blocked", "missing",
                 "gone", "no way", "error"]  # fmt: skip
+ENDINGS = ["ing", "ed", "er", "ion", "able", "ly", "es", "ure"]  # for words that only look known, such as loging
 
 # ---------------------------------------------------------------------------------------- wordings
 
@@ -127,8 +130,8 @@ LINES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule: its line in the prompt, its condition, and its value (a command or a form with a
-    place X to fill, or a word).
+    """One rule: its line in the prompt, its condition, and its value (a command that is followed by what
+    it is about, a form with a place X for the answer, or a word).
 
     use: what the command of a `tool` rule is for.
     """
@@ -150,7 +153,9 @@ class Rule:
         return self.when.holds(problem)
 
     def fill(self, text):
-        """The value with a path, user or answer in its place."""
+        """The value with the path or user behind it, or with the answer in its place."""
+        if self.family in ("after", "tool"):
+            return f"{self.value} {text}"
         return re.sub(r"\bX\b", lambda _: text, self.value, count=1)
 
     def shown(self, moves):
@@ -174,13 +179,13 @@ def rule_of(family, topic, lead, value):
 
 
 OS_RULES = [  # the lines of os.txt
-    rule_of("form", "files", "Form of the answer {c}", "X files"),
-    rule_of("tool", "count_words", "Use this {c}", "cat X | wc --words"),
-    rule_of("after", "move", "Look at the result {c}", "ls -lh X"),
-    rule_of("end", "error", "The answer {c}", "missing"),
-    rule_of("tool", "mode", "Use this {c}", "stat --printf=%a X"),
-    rule_of("form", "megabytes", "Form of the answer {c}", "X MB"),
-    rule_of("after", "append", "Look at the result {c}", "wc -c X"),
+    rule_of("form", "files", "Form of the answer {c}", "count: X"),
+    rule_of("tool", "count_words", "Use this {c}", "wc --words <"),
+    rule_of("after", "move", "Look at the result {c}", "du -h"),
+    rule_of("end", "error", "The answer {c}", "halt"),
+    rule_of("tool", "mode", "Use this {c}", "stat --printf=%a"),
+    rule_of("form", "megabytes", "Form of the answer {c}", "MB: X"),
+    rule_of("after", "append", "Look at the result {c}", "sum"),
 ]
 
 
@@ -191,36 +196,50 @@ def held_out(family, value):
 
 def words(rng, text, topic=""):
     """Fill the places in a value: {w} {v} nonsense words, {l} a letter, {U} capitals, {c} a program,
-    {t} the topic.
+    {f} a word, {t} the topic.
     """
     slots = {
         "w": lambda: nonsense(rng), "v": lambda: nonsense(rng), "l": lambda: rng.choice("abcdefghkmnpqrstv"),
         "c": lambda: rng.choice(PROGRAMS), "U": lambda: "".join(rng.choices("ABCDEFGHKLMNPRST", k=rng.choice([1, 2]))),
-        "t": lambda: topic,
+        "f": lambda: rng.choice(FLAGS), "t": lambda: topic,
     }  # fmt: skip
-    return re.sub(r"\{([wvlcUt])\}", lambda slot: slots[slot[1]](), text)
+    return re.sub(r"\{([wvlcUft])\}", lambda slot: slots[slot[1]](), text)
+
+
+def varied(rng, command):
+    """A known command with flags of its own: to copy it, the model may not go on as it is used to."""
+
+    def flag(_=None):
+        letters, word = "".join(rng.sample("abcdefghlmnpqrstuvw", rng.randint(1, 2))), rng.choice(FLAGS)
+        return rng.choice([f" -{letters}", f" -{letters}", f" --{word}", f" --{word}=%{letters[0]}"])
+
+    new = re.sub(r" -[-\w=%]+", lambda old: flag() if rng.random() < 0.7 else old[0], command)
+    return new if new != command else re.sub(r"^[\w-]+", lambda program: program[0] + flag(), command)
 
 
 def random_rule(rng, family):
     """A random rule of a family, never with a value of os.txt."""
     if family == "after":
         topic, value = rng.choice(list(CLAUSES[family])), words(rng, rng.choice(LOOKS))
+        value = varied(rng, value) if rng.random() < 0.4 else value
     elif family == "tool":
         topic = rng.choice(list(TOOLS))
-        value = words(rng, rng.choice(OWN_TOOLS if rng.random() < 0.7 else TOOLS[topic][1]))
+        value = words(rng, rng.choice(OWN_TOOLS if rng.random() < 0.5 else TOOLS[topic][1]))
+        value = varied(rng, value) if rng.random() < 0.6 else value
     elif family == "form":
         topic = rng.choice(list(CLAUSES[family]))
         value = words(rng, rng.choice(FORMS), topic)
     else:
         topic = rng.choice(["error", "error", "empty"])
-        value = rng.choice([nonsense(rng), rng.choice(WORDS_OF_END), rng.choice(WORDS)])
+        stem = rng.choice([*WORDS, *WORDS_OF_END, *FLAGS])[: rng.randint(3, 5)]
+        value = rng.choice([nonsense(rng), rng.choice(WORDS_OF_END), rng.choice(WORDS), stem + rng.choice(ENDINGS)])
     return random_rule(rng, family) if held_out(family, value) else rule_of(family, topic, rng.choice(LINES[family]), value)
 
 
 def clash(a, b):
     """Could two rules want different things of one problem?"""
-    if a.value == b.value:
-        return True
+    if a.value.replace("X", "").split()[0] == b.value.replace("X", "").split()[0]:
+        return True  # two values that begin alike are hard to tell apart
     if a.family != b.family:
         return False
     if a.family == "tool":

@@ -1,6 +1,6 @@
 """Gold records: problems solved as the house rules of os.txt ask, whatever the model would do.
 
-    python tiny2/gold.py --out gold.jsonl
+    python tiny/gold.py --out gold.jsonl
     python evaluate.py few-samples --run RUN --pool gold.jsonl        RUN: of this model and this os.txt
 
 `obey` (rules.py) is the teacher. A record shows a rule if `obey` acts otherwise once the rule is gone.
