@@ -1,4 +1,4 @@
-"""The chats on which the embedded model is trained: random protocols, and six uses of each.
+"""The chats on which the embedded model is trained: random protocols, and seven uses of each.
 
 A protocol is what an agent prompt lays down: how the thought and the action are labelled, what the
 three actions are called, how their arguments are written, how the machine's output is announced.
@@ -312,17 +312,16 @@ def rules_chat(rng, n, short=False):
     family = rng.choices(FAMILIES, SHARES.values())[0] if rng.random() < 0.5 else None
     rules = random_rules(rng, max(n, 2), family)
     clauses = {rule.when.clause: rule for rule in rules}
-    near = (random_rule(rng, family or rng.choice(FAMILIES)).when.clause for _ in rules)
-    asked = [*rules, *({"clause": clause} for clause in near if clause not in clauses)]
+    near = [random_rule(rng, family or rng.choice(FAMILIES)).when.clause for _ in rules]
+    asked = [*clauses, *(clause for clause in near if clause not in clauses)]
     rng.shuffle(asked)
     if short:
         prompt = parse_prompt(f"<USER>:\n{list_rules(rng, rules)[0]}\n\n{{user_input}}")
     else:
         prompt = random_prompt(rng, random_protocol(rng), random_examples(rng, rules), rules)
     chat, weights = [], []
-    for due in asked:
-        rule = None if isinstance(due, dict) else due
-        clause = rule.when.clause if rule else due["clause"]
+    for clause in asked:
+        rule = clauses.get(clause)
         place = rng.choice([rng.choice(USERS), rng.choice(WORDS), directory(rng), str(rng.randint(0, 999))])
         wish = rng.choice([f"Which rule is there {clause}? It is about {place}.", f"It is about {place}. What is the rule {clause}?"])
         said = look_up("", clause, rule).strip() + (f" Here: `{rule.fill(place)}`." if rule else "")

@@ -6,9 +6,8 @@
 
 A LLaMA of 3.0M parameters is trained on chats that `corpus.py` draws without end, from plain
 protocols to seven house rules. With --grow it starts from another such model; one of four layers gets two
-between them that add nothing yet. The block matrices are updated by
-Muon: the momentum G of a matrix is replaced by the nearest semi-orthogonal matrix U V^T (G = U S V^T),
-found by Newton-Schulz steps, so that every direction learns at the same rate. All other parameters
+between them that add nothing yet. The block matrices are updated by Muon: the momentum G of a
+matrix is replaced by the nearest semi-orthogonal matrix U V^T (G = U S V^T), found by Newton-Schulz steps, so that every direction learns at the same rate. All other parameters
 take AdamW. The rate is flat, then falls linearly to 0. In the last part every other step sees its
 block matrices rounded to NF4, so that the model is good both quantised and not. Matrix products are
 in bfloat16 where the processor multiplies it fast, weights and their updates in float32. What is

@@ -231,8 +231,8 @@ def random_rule(rng, family):
         value = words(rng, rng.choice(FORMS), topic)
     else:
         topic = rng.choice(["error", "error", "empty"])
-        stem = rng.choice([*WORDS, *WORDS_OF_END, *FLAGS])[: rng.randint(3, 5)]
-        value = rng.choice([nonsense(rng), rng.choice(WORDS_OF_END), rng.choice(WORDS), stem + rng.choice(ENDINGS)])
+        start = rng.choice([*WORDS, *WORDS_OF_END, *FLAGS])[: rng.randint(3, 5)]
+        value = rng.choice([nonsense(rng), rng.choice(WORDS_OF_END), rng.choice(WORDS), start + rng.choice(ENDINGS)])
     return random_rule(rng, family) if held_out(family, value) else rule_of(family, topic, rng.choice(LINES[family]), value)
 
 
