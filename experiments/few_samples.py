@@ -1,7 +1,8 @@
 """If only 0, 1, 2 or 4 of the samples show a rule of p, does GenPI obey it better than SFT alone?
 
-    python evaluate.py few-samples --run runs/os                  three seeds; --seeds 10 to publish
-    python evaluate.py few-samples --run runs/os --dry-run        the plan, and what it will take
+    python tiny/gold.py --out gold.jsonl
+    python evaluate.py few-samples --run runs/os --pool gold.jsonl --dry-run       what it will take
+    python evaluate.py few-samples --run runs/os --pool gold.jsonl
 
 SFT shows what to do, prompt generation says why. So where hardly a sample shows a rule, the words
 of p that L_PG teaches should help most. The run gives prompt, base model, recipe, and the pool of
@@ -175,7 +176,7 @@ def parse_flags(argv: list[str]):
     add("--out", type=Path, help="folder of the results; None: few-samples/ in the run's")
     add("--samples", type=WHOLE, nargs="+", default=SAMPLES, help="sizes of a training")
     add("--shows", type=number(int, 0), nargs="+", default=SHOWS, help="samples that show a rule")
-    add("--seeds", type=number(int, 1, 16), default=3, help="so many; ten to publish")
+    add("--seeds", type=number(int, 1, 16), default=8, help="best a multiple of the --shows")
     add("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="ways to train")
     add("--steps", type=WHOLE, default=60, help="optimiser steps of a training")
     add(

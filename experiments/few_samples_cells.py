@@ -13,6 +13,7 @@ is begun again. Source of the arms: GenPI section 6.
 
 import json
 import math
+import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from time import perf_counter
 import torch
 
 import lora
-from experiments.pool import Example, choose, levels_of, obeys, right_turns
+from experiments.pool import Example, choose, due_turn, levels_of, right_turns
 from files import check_kinds, read_rows, write_rows
 from prompt import Prompt
 from runs import Run, read_metrics, text_hash
@@ -68,7 +69,7 @@ class Lab:
         """A hash of all that decides a cell beside its name."""
         pool = [asdict(example) for example in self.pool]
         named = self.run.prompt.text, self.run.model_sha256, self.run.bits, self.run.dtype
-        named += (self.unrelated.text,)
+        named += (self.unrelated.text, self.run.max_new_tokens, repr(ARMS))
         rest = asdict(self.recipe), self.steps, self.shows, self.tests, lora_of(self.voice)
         return text_hash(json.dumps([*named, *rest, pool]))
 
@@ -116,7 +117,11 @@ def drawn_share(recipe: Recipe) -> float:
 
 
 def rows_of(lab: Lab, cell: Cell) -> list[dict]:
-    """Train a cell and test it -> a row a rule, and one for inputs that need none ("")."""
+    """Train a cell and test it -> a row a rule, and one for inputs that need none ("").
+
+    reached: is all right before the turn that needs the rule; obeyed: that turn as well. sft, pg:
+    nats/token of the last steps.
+    """
     clock = perf_counter()
     examples = samples_of(lab, cell)
     with TemporaryDirectory() as folder:
@@ -127,17 +132,22 @@ def rows_of(lab: Lab, cell: Cell) -> list[dict]:
     right = dict(zip(places, turns, strict=True))
     told = {"made_of": lab.made_of, **asdict(cell), "steps": len(metrics)}
     told["tokens"] = sum(row["tokens"] for row in metrics)
+    for loss in ("sft", "pg"):
+        told[loss] = statistics.mean(row[loss] for row in metrics[-8:])
     told["seconds"] = perf_counter() - clock
     rows = []
     for rule, some in lab.tests.items():
         shown = sum(rule in example.shows for example in examples)
-        obeyed = [int(obeys(lab.pool[place], rule, right[place])) for place in some]
-        rows.append({**told, "rule": rule, "shown": shown, "inputs": some, "obeyed": obeyed})
+        over = [right[place] - due_turn(lab.pool[place], rule) for place in some]
+        reached, obeyed = ([int(n >= least) for n in over] for least in (0, 1))
+        tests = {"inputs": some, "reached": reached, "obeyed": obeyed}
+        rows.append({**told, "rule": rule, "shown": shown, **tests})
     return rows
 
 
 ROW = {"made_of": str, "samples": int, "seed": int, "arm": str, "rule": str, "shown": int}
-ROW |= {"inputs": list[int], "obeyed": list[int], "steps": int, "tokens": int, "seconds": float}
+ROW |= {"inputs": list[int], "reached": list[int], "obeyed": list[int], "steps": int}
+ROW |= {"tokens": int, "sft": float, "pg": float, "seconds": float}
 
 
 def read_cells(path: Path, made_of: str) -> list[dict]:

@@ -137,11 +137,15 @@ def choose(pool: list[Example], levels: dict[str, int], n: int, seed: int) -> li
 
 
 def questions_of(pool: list[Example], rules: Collection[str], most: int) -> dict[str, list[int]]:
-    """rule -> places in the pool of held-out records that need it, at most so many. Under "": of
-    those that need none.
+    """rule -> places in the pool of held-out records that need it, at most so many: no other rule
+    that is studied, if there are such. Under "": of those that need none.
     """
     held_out = [i for i, example in enumerate(pool) if example.held_out]
-    found = {rule: [i for i in held_out if rule in pool[i].shows][:most] for rule in rules}
+    found = {}
+    for rule in rules:
+        some = [i for i in held_out if rule in pool[i].shows]
+        alone = [i for i in some if len(pool[i].shows.keys() & set(rules)) == 1]
+        found[rule] = (alone or some)[:most]
     plain = [i for i in held_out if not pool[i].shows.keys() & set(rules)]
     return found | {"": plain[:most]}
 
@@ -173,7 +177,6 @@ def right_turns(voice: Voice, task: Task, records: list[Record], limit: int) -> 
     return right
 
 
-def obeys(example: Example, rule: str, right: int) -> bool:
-    """With so many turns right, is a rule obeyed; for "" the whole conversation."""
-    last = example.shows[rule] if rule else (len(example.record.turns) - 1) // 2
-    return right > last
+def due_turn(example: Example, rule: str) -> int:
+    """The turn up to and with which all must be right for a rule to be obeyed; for "" the last."""
+    return example.shows[rule] if rule else (len(example.record.turns) - 1) // 2

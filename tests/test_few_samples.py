@@ -23,7 +23,7 @@ from experiments.pool import write_pool
 def cell_row(arm, seed, rule, shown, obeyed, samples=16):
     places = list(range(len(obeyed)))
     return {"samples": samples, "seed": seed, "arm": arm, "rule": rule, "shown": shown,
-            "inputs": places, "obeyed": obeyed}  # fmt: skip
+            "inputs": places, "reached": [1] * len(obeyed), "obeyed": obeyed}  # fmt: skip
 
 
 def test_arms_are_paired_by_seed_size_and_rule():
@@ -156,6 +156,8 @@ def test_rows_of_another_experiment_do_not_count(tmp_path):
         "made_of": "x",
         "steps": 1,
         "tokens": 1,
+        "sft": 0.5,
+        "pg": 0.0,
         "seconds": 1.0,
     }
     (tmp_path / "cells.jsonl").write_text(2 * (json.dumps(row) + "\n"))

@@ -7,8 +7,8 @@ import pytest
 from experiments.pool import (
     Example,
     choose,
+    due_turn,
     levels_of,
-    obeys,
     questions_of,
     rare_rules,
     read_pool,
@@ -81,13 +81,18 @@ def test_rules_that_are_studied():
 
 
 def test_a_rule_is_asked_about_where_it_is_needed():
-    """By at most so many held-out records; under "" stand those that need none of the rules."""
-    pool = [*some_pool(1, 1, 3, ("a", "b")), example(7, held_out=True), example(8, held_out=True)]
+    """By at most so many held-out records, of those that need no other rule if there are such;
+    under "" stand those that need none of the rules.
+    """
+    both = example(6, "a", "b", held_out=True)
+    pool = [both, *some_pool(1, 1, 3, ("a", "b")), both]
+    pool += [example(7, held_out=True), example(8, held_out=True)]
     tests = questions_of(pool, ["a", "b"], 2)
     assert [[pool[i].shows.keys() for i in tests[rule]] for rule in "ab"] == [
         [{"a"}, {"a"}], [{"b"}, {"b"}],
     ]  # fmt: skip
     assert [pool[i].record.index for i in tests[""]] == [7, 8]
+    assert questions_of([both], ["a", "b"], 2) == {"a": [0], "b": [0], "": []}
 
 
 # ---------------------------------------------------------------------------------------- obedience
@@ -123,13 +128,11 @@ def test_a_conversation_goes_on_while_the_actions_are_the_teachers():
     assert right_turns(adapter, OS, [record, others, long], 9) == [3, 1, 0]
 
 
-def test_obeyed_is_right_up_to_the_last_turn_that_needs_the_rule():
-    """Rule a hangs on the first turn, b on the second; "" asks for the whole conversation."""
+def test_a_rule_is_due_with_the_turn_that_needs_it():
+    """Rule a with the first turn, b with the second; "" asks for the whole conversation."""
     record = Record(0, "x", [turn("ls"), "done", turn("pwd"), "done", "Act: finish"])
     both = Example(True, {"a": 0, "b": 1}, record)
-    assert [[obeys(both, rule, n) for rule in ("a", "b", "")] for n in range(4)] == [
-        [False, False, False], [True, False, False], [True, True, False], [True, True, True],
-    ]  # fmt: skip
+    assert [due_turn(both, rule) for rule in ("a", "b", "")] == [0, 1, 2]
 
 
 def test_a_pool_is_read_as_it_was_written(tmp_path):
