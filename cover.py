@@ -15,13 +15,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from exam import Rule, rules_of, witnesses
+from exam import Rule, rules_of, steady, witnesses
 from files import write_json
 from prompt import student_messages
 from runs import COVER, Inputs, Record, hash_seed, read_inputs
 from sampler import Sampling, Voice
 from server import Server
-from synth import Plan, item_room, normalised, parse_list, role_play, synthesise
+from synth import Plan, item_room, normalised, role_play, synthesise, whole_items
 
 ROUNDS = 3  # times that the generator is asked about a rule
 ASKED = 8  # messages that it is asked for each time
@@ -63,7 +63,8 @@ def cover_rules(
     given = tuple(read_inputs(path).inputs)
     if not given:
         return []
-    return synthesise(voice, generator, replace(plan, given=given), path.parent)
+    own = replace(plan, given=given, kept=frozenset())  # their numbers are not those of --from
+    return synthesise(voice, generator, own, path.parent)
 
 
 def cover(
@@ -84,7 +85,9 @@ def cover(
     known = [record.pseudo_input for record in samples + held_out]
     seen = {normalised(x) for x in (*known, *plan.task.demos)}
     whole = [record for record in samples if not record.overlong]
-    shown = [shows(voice, plan, whole, rule) for rule in rules]
+    limit = plan.max_new_tokens
+    needed = steady([witnesses(voice, plan.task, whole, rule, limit) for rule in rules])
+    shown = [len({i for i, _ in some}) for some in needed]
     for round_ in range(ROUNDS):
         for number, rule in enumerate(rules):
             if shown[number] >= k:
@@ -104,11 +107,6 @@ def cover(
                 f"cover: {n} of {k} samples need the rule: {' '.join(rule.text.split())[:60]}"
             )
     return found
-
-
-def shows(voice: Voice, plan: Plan, records: list[Record], rule: Rule) -> int:
-    """How many records need the rule in one of their turns."""
-    return len({i for i, _ in witnesses(voice, plan.task, records, rule, plan.max_new_tokens)})
 
 
 def proven(voice: Voice, plan: Plan, rule: Rule, inputs: list[str]) -> list[str]:
@@ -135,4 +133,5 @@ def ask_about(
     if not generator.fits(messages, room):
         return []
     said = generator.speak([messages], Sampling(room, 1.0, 0.9), [rng.getrandbits(40)])
-    return [x for _, text, ended in said for x in parse_list(text or "", len(demos) + 1)]
+    _, text, ended = next(iter(said))
+    return whole_items(text or "", len(demos) + 1, ended)

@@ -57,14 +57,14 @@ from chat import Chat
 from compare import compare
 from exam import same_action
 from files import UNSEEN, write_json, write_text
-from flags import WHOLE, Flags, device_flag
+from flags import WHOLE, Flags, device_flag, exit_code
 from model import Llama
 from prompt import Prompt, Task
 from runs import Record, Run
 from sampler import Sampling, Voice, say
 from stats import interval
 from synth import quality
-from train import micro_batches, open_model
+from train import fitting, micro_batches, open_model
 
 RECALLED = 4  # held-out records from which the prompt is asked back
 COMMANDS = {  # first word of a command line: the module whose command it is
@@ -128,7 +128,9 @@ def recall(
     asked = [objectives.pg_messages(prompt, record, target)[:-1] for record in records]
     room = chat.context - max(len(chat.encode(question, reply=True)[0]) for question in asked)
     said = say(voice, asked, Sampling(min(room, len(wanted) + 64)))
-    recited = [chat.tokens(text.split(loss.BEFORE_REASON)[0]) for text in said]
+    own = prompt.text.count(loss.BEFORE_REASON)  # where p itself has that word
+    parts = [text.split(loss.BEFORE_REASON)[: own + 1] for text in said]
+    recited = [chat.tokens(loss.BEFORE_REASON.join(part)) for part in parts]
     ratios = [matched_ratio(wanted, tokens) for tokens in recited]
     nats = [line_nll(voice.model, chat, prompt, record, target) for record in records]
     means = map(statistics.mean, zip(*nats, strict=True))  # of a line over the records
@@ -171,9 +173,9 @@ def measure(
     training += runs.covering_records(run.folder)
     prompt = run.prompt
     voice = Voice(model, chat, run.slots)
-    trainable = sum(p.numel() for p in lora.adapter_parameters(model))
     with torch.device("meta"):  # an NF4 weight counts as the numbers that it stands for
         base = sum(p.numel() for p in Llama(model.config).parameters())
+    adapter = sum(p.numel() for p in lora.adapter_parameters(model))
     nll = nll_of_three(model, chat, run, held_out)
     agree = agreement_by_turn(voice, run.task, held_out, run.max_new_tokens)
     played = closed_loop(voice, run, held_out)
@@ -181,7 +183,8 @@ def measure(
     reciting = [(r, objectives.pg_sequence(chat, prompt, r, target)) for r in held_out]
     asked = [record for record, sequence in reciting if len(sequence) <= chat.context]
     recited = recall(voice, prompt, asked[:RECALLED], target) if asked else None
-    shown = [record for record in training if not record.overlong]
+    kinds = run.lam, run.objective, run.pg_target
+    shown = [record for record, *_ in fitting(chat, prompt, training, *kinds)]
     found = exam.examine(voice, prompt, run.task, held_out, shown, run.max_new_tokens, before)
     unmerged = first_replies(voice, held_out, run.max_new_tokens)
     spent = seconds["synth"] + seconds["train"]
@@ -191,9 +194,11 @@ def measure(
     return {
         "model": run.model, "prompt_tokens": len(chat.tokens(prompt.text)), "lam": run.lam,
         "objective": run.objective,
-        "trained": objectives.in_words(run.objective, run.lam, run.pg_target, run.prepend_prob),
-        "trainable_params": trainable, "total_params": trainable + base,
-        "samples": len(training), "held_out": len(held_out),
+        "trained": objectives.in_words(
+            run.objective, run.lam, run.pg_target, run.prepend_prob, run.full
+        ),
+        "trainable_params": base if run.full else adapter, "total_params": base + adapter,
+        "samples": len(shown), "held_out": len(held_out),
         "teacher_follows": follows(run.task, held_out),
         "nll": nll, "gap_closed": gap_closed(nll),
         "agreement": agree["first"], "agreement_by_turn": agree,
@@ -342,7 +347,7 @@ def word(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return runs.exit_code(command, sys.argv[1:] if argv is None else argv)
+    return exit_code(command, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
                  of the teacher with all of p
 
 A rule without a witness is untested: no input shows what it is for. One that few samples show may
-be lost, however well the adapter recites its lines: to recite is not to obey.
+be lost, however well the adapter recites its lines: to recite is not to obey. A turn that changes
+whatever is taken out, FRAGILE rules of p or more, tells of none of them and does not count.
 
 A second adapter may sit the exam too. The rows then say on how many witnesses only the new one is
 right (gained), on how many only the old one (lost). If that one was trained on an earlier text of
@@ -16,11 +17,13 @@ p, one more row is about the edit: its witnesses are the turns in which the teac
 under the old text.
 
 Left out: rules that only act together (without one the other still does its work, so neither has
-witnesses), and what a rule changes in the words of a turn but not in its action.
+witnesses); what a rule changes in the words of a turn but not in its action; whether the teacher
+acts otherwise for the rule's sake, or since a weak model stumbles over any change of its prompt.
 """
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,7 @@ from stats import interval, wilson
 
 Opening = Callable[[str], list[dict]]
 ITEM = re.compile(r"[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S")  # how an item of a list begins
+FRAGILE = 5  # rules; an action hangs on the few that ask for it and for its form
 EDIT = "what the edit of the prompt changed"
 
 # ----------------------------------------------------------------------------------------- rules
@@ -175,6 +179,12 @@ def witnesses(voice: Voice, task: Task, records: list[Record], rule: Rule, limit
     return act_otherwise(voice, task, records, rule.without.teacher, changed, limit)
 
 
+def steady(found: list[set[Turn]]) -> list[set[Turn]]:
+    """The witnesses of each rule, without the fragile turns. found: of all rules of p."""
+    rules = Counter(turn for some in found for turn in some)
+    return [{turn for turn in some if rules[turn] < FRAGILE} for some in found]
+
+
 # ----------------------------------------------------------------------------------------- exam
 
 
@@ -194,10 +204,12 @@ def examine(
     is examined too.
     """
     rules = rules_of(prompt, task)
-    if before and (edit := edit_of(prompt, before)):
-        rules.append(edit)
+    records = held_out + shown
     with adapter_off(voice.model):
-        found = [witnesses(voice, task, held_out + shown, rule, limit) for rule in rules]
+        found = steady([witnesses(voice, task, records, rule, limit) for rule in rules])
+        if before and (edit := edit_of(prompt, before)):
+            rules.append(edit)
+            found.append(witnesses(voice, task, records, edit, limit))
     tested = {turn for some in found for turn in some if turn[0] < len(held_out)}
     wrong = act_otherwise(voice, task, held_out, student_messages, tested, limit)
     if before:
@@ -247,7 +259,8 @@ def markdown(report: dict) -> str:
     return f"""{chr(10).join(page)}
 
 (a turn counts for a rule if the teacher acts otherwise in it once the rule is taken out of the \
-prompt; the last column says how well the rule is recited, which is not to obey it)"""
+prompt, but not if that is so for {FRAGILE} rules or more; the last column says how well the rule \
+is recited, which is not to obey it)"""
 
 
 def short(rule: str) -> str:

@@ -1,10 +1,19 @@
-"""What a flag may be: types for argparse, each with its limits, whose complaints are one line."""
+"""The command line: what a flag may be, and how a mistake is told, which is in one line.
+
+Every mistake of a user is a ValueError that names the value, the limit and the cure.
+"""
 
 import argparse
 import math
+import os
 import re
+import sys
+import time
+from collections.abc import Callable
 
 import torch
+
+from files import UNSEEN
 
 
 class Flags(argparse.ArgumentParser):
@@ -66,3 +75,45 @@ def generator_flag(name: str) -> str:
         cure = "give one like http://localhost:8000/v1, and a key as OPENAI_API_KEY"
         raise argparse.ArgumentTypeError(f"{shown}: not the URL of a server; {cure}")
     return name
+
+
+# ------------------------------------------------------------------------- mistakes, in one line
+
+
+def exit_code(work: Callable, *args) -> int:
+    """Do the work -> exit code. A mistake, or too small a machine, is one line, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a ?
+    try:
+        try:
+            work(*args)
+        finally:
+            sys.stdout.flush()  # where a closed pipe is known, and not as Python ends
+        return 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `head` or `less` has seen enough, and Python would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141  # as a shell says it
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = "out of memory; lower --micro-tokens or --slots, or add --checkpointing"
+    except OSError as error:
+        told = f"{error}; free some space or choose another folder"
+    except ValueError as error:
+        told = " ".join(str(error).split())
+    if os.environ.get("RANK", "0") != "0":  # most likely the first process says the same, and
+        time.sleep(3)  # torchrun ends this one before it speaks
+    print(f"error: {told.translate(UNSEEN)}", file=sys.stderr)
+    return 2
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Also on a CPU, where PyTorch has no error of its own for it, and beneath a failed capture."""
+    if error is None:
+        return False
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "DefaultCPUAllocator" in str(error) or is_out_of_memory(error.__context__)

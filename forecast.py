@@ -4,8 +4,9 @@
     rates    tokens/s of sampling with all slots in flight, and of training on full micro-batches
     hours    the tokens of all records at these rates
 
-Left out: what a server needs for its part, what the report takes, and that the last
-conversations of a wave run alone, so that synthesis takes longer than at full rate.
+Left out: what a server needs for its part, what --cover adds and --from keeps, what the report
+takes, and that the last conversations of a wave run alone, so that synthesis takes longer than at
+full rate.
 """
 
 import math

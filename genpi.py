@@ -65,6 +65,7 @@ from cover import cover_rules
 from edit import begin_with
 from evaluate import report
 from files import UNSEEN, read_json, read_text
+from flags import exit_code
 from loss import joint_loss as joint_loss
 from loss import token_nll as token_nll
 from model import Llama, load_model, read_shape
@@ -323,6 +324,7 @@ def two_records(args, prompt: Prompt, model: Llama, chat: Chat) -> Iterator[Path
         few.out = Path(scratch) / args.out.resolve().name
         few.samples = 1
         few.held_out = 1
+        few.cover = few.earlier = None
         # what is asked for is alone on stdout
         with redirect_stdout(sys.stderr), made_records(few, prompt, model, chat):
             pass  # they are made as the block begins
@@ -371,7 +373,7 @@ def command(argv: list[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return runs.exit_code(command, argv)
+    return exit_code(command, argv)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ def pg_messages(prompt: Prompt, record: Record, target: str) -> list[dict]:
 
 
 def pg_sequence(chat: Chat, prompt: Prompt, record: Record, target: str) -> Sequence:
-    """The question, and the answer as the target. Source: GenPI Eq. 3 and its ablations."""
+    """The question, and the answer as the target; of Eq. 3 that of loss.py. GenPI Table 3."""
+    if target not in WRITES:
+        return loss.pg_sequence(chat, prompt, record)
     messages = pg_messages(prompt, record, target)
     cut = record.cut_reason and messages[-1]["content"].endswith(record.reason)
     return build_sequence(chat, messages, {len(messages) - 1}, cut)

@@ -13,8 +13,7 @@
 
 A folder may come from another machine, or from somebody else. So nothing that it names is loaded or
 downloaded unless a hash says that it is what the run was made with, a prompt or a record that does
-not belong is named, and who reads a run writes nothing but a report. Every mistake of a user is a
-ValueError of one line that names the value and the cure; exit_code prints it.
+not belong is named, and who reads a run writes nothing but a report.
 """
 
 import fcntl
@@ -22,9 +21,7 @@ import hashlib
 import os
 import platform
 import random
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,7 +34,6 @@ from tqdm import tqdm
 from checkpoint import find_folder
 from files import (
     AGAIN,
-    UNSEEN,
     append_row,
     check_kinds,
     kinds,
@@ -224,7 +220,7 @@ def open_run(args, prompt: Prompt, known: dict) -> Iterator[None]:
     chat format. Raises: ValueError if the folder is none of ours, was made with other flags, or
     another process works in it.
     """
-    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | known
+    flags = told_flags(args, known)
     path = args.out / "args.json"
     refuse_foreign(args.out)
     takes = args.records and not (args.out / "inputs.json").exists()
@@ -244,6 +240,11 @@ def open_run(args, prompt: Prompt, known: dict) -> Iterator[None]:
             if not (args.out / name).exists():
                 write_text(args.out / name, text)
         yield
+
+
+def told_flags(args, known: dict) -> dict:
+    """The flags as args.json has them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | known
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -294,6 +295,13 @@ def check_earlier(folder: Path, flags: dict) -> None:
         raise ValueError(f"{told}; give its flags, or no --from")
     if not (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} has no finished adapter; finish it, or give no --from")
+    inputs = read_inputs(folder / "inputs.json").inputs
+    sizes = flags["samples"], flags["held_out"]
+    learnt, _ = split_records(inputs, before["samples"], before["held_out"])
+    _, asked = split_records(range(max(len(inputs), sum(sizes))), *sizes)
+    if asked[0] < len(learnt):
+        told = f"--held-out {sizes[1]} reaches into the {len(learnt)} samples of {folder}"
+        raise ValueError(f"{told}, which its adapter knows; give fewer, or more --samples")
 
 
 def told_apart(names: Iterable[str], flags: dict, before: dict) -> list[str]:
@@ -312,7 +320,11 @@ def changed_flags(flags: dict, before: dict) -> list[str]:
 def has_records(args, known: dict) -> bool:
     """Would these flags go on in a folder that has a record?"""
     path = args.out / "args.json"
-    begun = path.exists() and not changed_flags(vars(args) | known, read_json(path, ELSEWHERE))
+    if not path.exists():
+        return False
+    flags, before = told_flags(args, known), read_json(path, ELSEWHERE)
+    flags["generator_model"] = flags["generator_model"] or before.get("generator_model")
+    begun = not changed_flags(flags, before)
     return begun and bool(read_records(args.out / "data.jsonl", mend=False))
 
 
@@ -409,45 +421,3 @@ def read_prompt(folder: Path, sha256: str) -> Prompt:
     if text_hash(prompt.text) != sha256:
         raise ValueError(f"{path} is not the prompt that the run was made with; {AGAIN}")
     return prompt
-
-
-# ------------------------------------------------------------------------- mistakes, in one line
-
-
-def exit_code(work: Callable, *args) -> int:
-    """Do the work -> exit code. A mistake, or too small a machine, is one line, no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a ?
-    try:
-        try:
-            work(*args)
-        finally:
-            sys.stdout.flush()  # where a closed pipe is known, and not as Python ends
-        return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `head` or `less` has seen enough, and Python would flush once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141  # as a shell says it
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        told = "out of memory; lower --micro-tokens or --slots, or add --checkpointing"
-    except OSError as error:
-        told = f"{error}; free some space or choose another folder"
-    except ValueError as error:
-        told = " ".join(str(error).split())
-    if os.environ.get("RANK", "0") != "0":  # most likely the first process says the same, and
-        time.sleep(3)  # torchrun ends this one before it speaks
-    print(f"error: {told.translate(UNSEEN)}", file=sys.stderr)
-    return 2
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Also on a CPU, where PyTorch has no error of its own for it, and beneath a failed capture."""
-    if error is None:
-        return False
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "DefaultCPUAllocator" in str(error) or is_out_of_memory(error.__context__)

@@ -96,7 +96,7 @@ class Plan:
     max_new_tokens: int  # of one turn
     max_reason_tokens: int
     seed: int
-    kept: frozenset[int] = frozenset()  # records that are not made, but of another run
+    kept: frozenset[int] = frozenset()  # numbers of records that are taken from the run of --from
     given: tuple[str, ...] = ()  # distinct real first messages; none: they are invented
 
     @property
@@ -243,13 +243,14 @@ def more_inputs(
             told = "prompt, demos and a new list do not fit the context of the generator's server"
             cure = "serve it with a longer one, and the same command goes on from here"
             raise ValueError(f"{told}; {cure}")
-        items = parse_list(text, questions[number].first)
-        found += items if ended else items[:-1]  # a list cut at the limit ends in half an item
+        found += whole_items(text, questions[number].first, ended)
     return found
 
 
 def item_room(examples: list[str]) -> int:
-    """Tokens that a pseudo input may take: half the mean bytes of the examples (twice theirs)."""
+    """Tokens that a pseudo input may take. A token is some 4 bytes: bytes / 2 is room for twice the
+    mean length of the examples.
+    """
     size = sum(len(example.encode()) for example in examples) // max(1, len(examples))
     return min(max(size // 2, ITEM_TOKENS), LIST_TOKENS)
 
@@ -277,6 +278,12 @@ def inputs_messages(prompt: Prompt, demos: list[str], n: int) -> list[dict]:
     """The generator's question for n more pseudo inputs after the numbered demos."""
     listed = "\n".join(f"{i + 1}. {demo}" for i, demo in enumerate(demos))
     return student_messages(INPUTS.format(prompt=prompt.text, demos=listed, n=n))
+
+
+def whole_items(text: str, first: int, ended: bool) -> list[str]:
+    """The items of a list; one that was cut at its limit ends in half an item."""
+    items = parse_list(text, first)
+    return items if ended else items[:-1]
 
 
 ITEM = re.compile(r"\s*(?:\*\*)?(\d+)[.)](?:\*\*)?\s+(.*)")

@@ -88,31 +88,51 @@ def training_sequences(
     objective: str = "genpi",
     pg_target: str = "prompt+reason",
 ) -> tuple[list, list]:
-    """The SFT and PG sequences of every record that fits the context; says how many do not.
+    """The SFT and PG sequences of every record that can be trained on; says how many cannot.
 
-    Raises: ValueError if none does.
+    Raises: ValueError if none can.
     """
-    sft = []
-    pg = []
-    whole = [record for record in records if not record.overlong]
-    for record in whole:
-        sequence = conversation_sequence(chat, prompt, record, objective)
-        pair = sequence, pg_sequence(chat, prompt, record, pg_target)
-        fits = [len(sequence) <= chat.context for sequence in pair]
-        if fits[0] and (lam == 1 or fits[1] and not record.no_reason):
-            sft.append(pair[0])
-            pg.append(pair[1])
+    found = list(fitting(chat, prompt, records, lam, objective, pg_target))
     limit = f"the context of {chat.context} tokens"
-    if not sft:
+    if not found:
+        whole = [record for record in records if not record.overlong]
         alone = any(len(sft_sequence(chat, record)) <= chat.context for record in whole)
-        raise ValueError(f"no record fits {limit}: {why_none_fits(alone, lam)}, with another --out")
-    if len(sft) < len(records):
-        print(f"left out: {len(records) - len(sft)} of {len(records)} records do not fit {limit}")
-    return sft, pg
+        reasons = not all(record.no_reason for record in whole)
+        told = why_none_fits(alone, reasons, lam)
+        raise ValueError(f"no record fits {limit}: {told}, with another --out")
+    if len(found) < len(records):
+        told = f"left out: {len(records) - len(found)} of {len(records)} records do not fit {limit}"
+        unasked = sum(record.no_reason for record in records) if lam < 1 else 0
+        print(told + (f" or, {unasked} of them, the generator's" if unasked else ""))
+    _, sft, pg = zip(*found, strict=True)
+    return list(sft), list(pg)
 
 
-def why_none_fits(alone: bool, lam: float) -> str:
-    """The cause and the cure where no record fits. alone: would one fit with SFT alone?"""
+def fitting(
+    chat: Chat,
+    prompt: Prompt,
+    records: list[Record],
+    lam: float,
+    objective: str = "genpi",
+    pg_target: str = "prompt+reason",
+) -> Iterator[tuple[Record, Sequence, Sequence]]:
+    """The records that can be trained on, each with its SFT and its PG sequence."""
+    for record in records:
+        if record.overlong:
+            continue
+        sft = conversation_sequence(chat, prompt, record, objective)
+        pg = pg_sequence(chat, prompt, record, pg_target)
+        writes = len(pg) <= chat.context and not record.no_reason
+        if len(sft) <= chat.context and (lam == 1 or writes):
+            yield record, sft, pg
+
+
+def why_none_fits(alone: bool, reasons: bool, lam: float) -> str:
+    """The cause and the cure where no record fits. alone: would one fit with SFT alone? reasons:
+    has any record one?
+    """
+    if alone and lam < 1 and not reasons:
+        return "the generator has no room for a reason; give it a longer context, or take --lam 1"
     if alone and lam < 1:
         return "prompt and reason are too long to be written; shorten the prompt, or take --lam 1"
     return "the conversations are too long; lower --max-turns or --max-new-tokens"

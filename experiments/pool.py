@@ -21,7 +21,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from exam import rules_of, same_action, witnesses
+from exam import rules_of, same_action, steady, witnesses
 from files import check_kinds, kinds, read_rows, write_rows
 from prompt import Task, conversation, student_messages
 from runs import Record, Run, covering_records, hash_seed, load_records, split_records
@@ -51,8 +51,11 @@ def pool_of_run(run: Run, voice: Voice) -> list[Example]:
     whole = [record for record in train + held_out if not record.overlong]
     n_train = sum(not record.overlong for record in train)
     shows: list[dict[str, int]] = [{} for _ in whole]
-    for rule in rules_of(run.prompt, run.task):
-        for i, turn in sorted(witnesses(voice, run.task, whole, rule, run.max_new_tokens)):
+    rules = rules_of(run.prompt, run.task)
+    limit = run.max_new_tokens
+    found = steady([witnesses(voice, run.task, whole, rule, limit) for rule in rules])
+    for rule, some in zip(rules, found, strict=True):
+        for i, turn in sorted(some):
             shows[i][rule.text] = turn
     return [Example(i >= n_train, shows[i], record) for i, record in enumerate(whole)]
 

@@ -36,7 +36,7 @@ SHAPE = {
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """The folder of a LLaMA of 17,888 random weights that reads bytes, in Llama 3's chat format."""
+    """The folder of a LLaMA of 25,952 random weights that reads bytes, in Llama 3's chat format."""
     folder = tmp_path_factory.mktemp("models") / "random"
     folder.mkdir()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)

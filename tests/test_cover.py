@@ -23,16 +23,17 @@ class Speaker:
     what is asked of it is noted.
     """
 
-    def __init__(self, items):
+    def __init__(self, items, ended=True):
         self.items = {rule: iter(rounds) for rule, rounds in items.items()}
         self.asked = []
+        self.ended = ended
 
     def fits(self, messages, tokens):
         return True
 
     def speak(self, conversations, sampling, seeds=None):
         for number, messages in enumerate(conversations):
-            yield number, self.reply(messages), True
+            yield number, self.reply(messages), self.ended
 
     def reply(self, messages):
         rule = re.search(r"One of its rules is:\n\nRule (\w+)\.", messages[-1]["content"])
@@ -56,8 +57,8 @@ def needs_what_it_names(monkeypatch):
     monkeypatch.setattr(cover, "witnesses", named)
 
 
-def covered(speaker, tmp_path, k, held_out=()):
-    cover_rules(speaker, speaker, PLAN, SAMPLES, list(held_out), k, tmp_path)
+def covered(speaker, tmp_path, k, held_out=(), plan=PLAN):
+    cover_rules(speaker, speaker, plan, SAMPLES, list(held_out), k, tmp_path)
     return sorted(record.pseudo_input for record in covering_records(tmp_path))
 
 
@@ -90,6 +91,20 @@ def test_rounds_are_bounded_and_what_stays_short_is_told(tmp_path, capsys):
     assert speaker.asked.count("three") == ROUNDS and speaker.asked.count("two") == 1
     told = "".join(capsys.readouterr())
     assert "0 of 2 samples need the rule: Rule three." in told and "Rule two" not in told
+
+
+def test_a_list_that_was_cut_ends_in_half_a_message():
+    """Which does not join, though it would prove to need the rule."""
+    items = {"two": [["x two", "y two and ha"]], "three": [["u three", "v three", "w thr"]]}
+    found = cover.cover(Speaker({}), Speaker(items, ended=False), PLAN, SAMPLES, [], 2)
+    assert found == ["x two", "u three", "v three"]
+
+
+def test_the_numbers_of_kept_records_are_not_those_of_cover(tmp_path):
+    """With --from the plan keeps records 0 and 1 of the run; cover's records 0 and 1 are made."""
+    speaker = Speaker({"two": [["x two"]], "three": [["u three", "v three"]]})
+    plan = replace(PLAN, kept=frozenset({0, 1}))
+    assert covered(speaker, tmp_path, 2, plan=plan) == ["u three", "v three", "x two"]
 
 
 def test_a_finished_search_is_not_done_again(tmp_path):

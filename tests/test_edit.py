@@ -148,6 +148,23 @@ def test_an_interrupted_edit_goes_on(run, tmp_path, monkeypatch):
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
 
 
+def test_what_goes_on_from_a_run_is_shown(run, tmp_path, monkeypatch):
+    """If it has begun, its own records are; else two are made, and none of the earlier run's."""
+    shown = []
+
+    def show(folder, *_):
+        shown.append((folder, len(read_records(folder / "data.jsonl", mend=False))))
+
+    monkeypatch.setattr(genpi, "show", show)
+    assert run("Answer in one word.", "a")[0] == 0
+    still = ["--from", tmp_path / "a"]
+    assert run("Bark.", "b", *still)[0] == run("Bark.", "b", *still, "--show")[0] == 0
+    monkeypatch.setattr(synth, "more_inputs", lambda *_: INPUTS[:2])
+    assert run("Bark.", "c", *still, "--show")[0] == 0
+    assert shown[0] == (tmp_path / "b", 4)
+    assert shown[1][0].name == "c" and shown[1] != (tmp_path / "c", 2) and shown[1][1] == 2
+
+
 def test_the_kind_of_prompt_is_that_of_the_earlier_run(tmp_path):
     """An edited copy may have any name; one that names a task, or a flag, has its way."""
     (tmp_path / "args.json").write_text('{"task": "os"}')
@@ -163,6 +180,7 @@ def test_the_kind_of_prompt_is_that_of_the_earlier_run(tmp_path):
     [
         (["--from", "none"], ["args.json", "--from"]),
         (["--rank", "4"], ["rank 2 (now 4)", "--from"]),
+        (["--samples", "1", "--held-out", "2"], ["--held-out 2", "3 samples", "more --samples"]),
         (["--records", "none"], ["--records"]),
     ],
 )

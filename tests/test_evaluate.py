@@ -107,3 +107,10 @@ def test_recall_is_the_mean_ratio_and_the_worst_line_comes_first(model, monkeypa
     nats = [row["nll"] for row in found["lines"]]
     assert nats == sorted(nats, reverse=True) and len(nats) == 3
     assert all(math.isfinite(nll) and nll > 0 for nll in nats)
+
+
+def test_a_prompt_may_speak_of_reasons_itself(model, monkeypatch):
+    """What follows the word in p is recited, too."""
+    prompt = parse_prompt("Act.\n\nReason: none.\n\nStop.")
+    monkeypatch.setattr(evaluate, "say", lambda *args: [f"{prompt.text}\n\nReason: so."])
+    assert evaluate.recall(Voice(model, CHAT), prompt, [RECORD])["ratio"] == 1

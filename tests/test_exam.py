@@ -230,6 +230,17 @@ def sit(act, text, before=None):
     return examine(voice, whole, TASKS["any"], records[:3], records[3:], 9, before)
 
 
+def test_a_turn_that_hangs_on_everything_tells_of_no_rule(by_hand, monkeypatch):
+    """Five rules of six change every turn of the fifth record, and three that of the first."""
+    names = iter("ABCDEF")
+    asked = dict.fromkeys(names, {(4, 0)}) | {"F": {(0, 0)}}
+    asked |= {name: asked[name] | {(0, 0)} for name in "AB"}
+    monkeypatch.setattr(exam, "witnesses", lambda v, t, records, rule, limit: asked[rule.text])
+    rows = sit(by_hand, "\n\n".join("ABCDEF"))
+    assert [row["shown_by"] for row in rows] == [0] * 6
+    assert [row["obeyed"]["n"] for row in rows] == [1, 1, 0, 0, 0, 1]
+
+
 def test_the_exam_by_hand(by_hand):
     """Rule A makes every wish a question, rule B long ones brief. The adapter kept A and lost B."""
     rows = sit(by_hand, "A\n\nB\n\nC")

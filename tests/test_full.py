@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_objectives import CHAT, PROMPT, RECORD, SHORT, twins
 
+import evaluate
 import full
 import genpi
 import lora
@@ -118,6 +119,15 @@ def test_the_result_is_a_checkpoint_beside_its_base(command, checkpoint, tmp_pat
         assert torch.equal(model(IDS), plain(IDS))
         with lora.adapter_off(model):
             assert torch.equal(model(IDS), base(IDS))
+
+
+def test_the_report_counts_all_weights(command, tmp_path):
+    """The random checkpoint has 25,952."""
+    out = tmp_path / "run"
+    assert command(out) == 0
+    found = evaluate.measure(runs.load_run(out, "cpu"), None, 1)
+    assert found["trainable_params"] == found["total_params"] == 25_952
+    assert found["trained"] == "lam 0.7, all weights" and found["samples"] == 3
 
 
 def test_a_power_cut_changes_nothing(command, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ TOO_LONG = replace(RECORD, pseudo_input="x" * 2000)
     ("record", "lam", "cause", "cure"),
     [
         (LONG, 0.7, "prompt and reason are too long", "--lam 1"),
-        (replace(RECORD, no_reason=True), 0.7, "prompt and reason are too long", "--lam 1"),
+        (replace(RECORD, no_reason=True), 0.7, "no room for a reason", "--lam 1"),
         (TOO_LONG, 0.7, "the conversations are too long", "--max-turns"),
         (TOO_LONG, 1.0, "the conversations are too long", "--max-turns"),
         (replace(RECORD, overlong=True), 1.0, "the conversations are too long", "--max-turns"),
