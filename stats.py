@@ -74,7 +74,8 @@ def clustered_difference(pairs: dict[tuple, tuple[int, int, int]]) -> dict:
 
     The difference of the shares; its interval, of 10,000 resamples of the seeds and of the rules,
     each with replacement; and p, by the flip test of the seeds' differences: what one training does
-    to one rule it may do to the next, so that a seed counts once.
+    to one rule it may do to the next, so that a seed counts once. p cannot be below 2 / 2^differ,
+    differ being the seeds whose difference is not 0.
     """
     seeds, rules = (sorted({key[i] for key in pairs}) for i in (0, 1))
     gap = torch.zeros(len(seeds), len(rules), dtype=torch.float64)
@@ -91,5 +92,6 @@ def clustered_difference(pairs: dict[tuple, tuple[int, int, int]]) -> dict:
     gaps, sizes = (((weights[0] @ table) * weights[1]).sum(1) for table in (gap, n))
     shares = (gaps / sizes)[sizes > 0]  # a resample may hold no pair at all
     low, high = shares.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    gaps = gap.sum(1).tolist()
     found = {"difference": (gap.sum() / n.sum()).item(), "low": low, "high": high}
-    return found | {"p": flip_test(gap.sum(1).tolist())}
+    return found | {"p": flip_test(gaps), "differ": sum(each != 0 for each in gaps)}

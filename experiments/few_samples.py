@@ -119,6 +119,18 @@ def estimate(lab: Lab, missing: list[Cell], done: list[dict]) -> str:
     )
 
 
+def setting(lab: Lab) -> str:
+    """What all cells have in common, in a line."""
+    n_train = sum(not example.held_out for example in lab.pool)
+    recipe = lab.recipe
+    return (
+        f"samples of {n_train} records; {len(lab.rules)} rules; batches of {recipe.batch}, rate "
+        f"{recipe.lr:g}, L_PG of {recipe.pg_share:g} of the samples, {lab.steps} steps or more. A "
+        "rule is obeyed if a conversation without the prompt takes the teacher's actions up to and "
+        "with the turn that needs it, while the environment says what is recorded"
+    )
+
+
 def line_of(rule: str) -> str:
     return " ".join(rule.split())[:70]
 
@@ -216,4 +228,4 @@ def command(argv: list[str]) -> None:
                 if (cell, row["rule"]) not in there:
                     append_row(path, row)
         rows = [row for row in read_cells(path, made_of) if cell_of(row) in cells]
-        write_report(rows, out, run.folder.name)
+        write_report(rows, out, run.folder.name, setting(lab))

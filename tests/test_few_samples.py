@@ -14,8 +14,17 @@ import experiments.pool as pool
 import genpi
 import synth
 from experiments.few_samples_cells import ARMS, Cell, read_cells
-from experiments.few_samples_report import draw, paired, reading, table
+from experiments.few_samples_report import (
+    draw,
+    paired,
+    reading,
+    share,
+    table,
+    trainings,
+    verdict,
+)
 from experiments.pool import write_pool
+from stats import wilson
 
 # ------------------------------------------------------------------------------------- the report
 
@@ -46,24 +55,61 @@ def report_rows():
     return rows
 
 
-def test_the_reading_has_a_sentence_a_level():
+def test_the_reading_begins_with_the_question():
     """GenPI is right on 36 of 48 where SFT is on 12, in each of six seeds: p = 2 / 2^6. Where no
-    sample shows a rule nothing can be told, and the page says so.
+    sample shows a rule no seed differs, and the page says that nothing can be told.
     """
     said = reading(report_rows()).splitlines()
-    assert "no sample shows: GenPI acts as the teacher on 0 of 24, SFT alone on 0" in said[0]
-    assert said[0].endswith("p = 1.000: not told apart")
-    assert "1 sample shows: GenPI acts as the teacher on 36 of 48, SFT alone on 12" in said[1]
-    assert "+50.0 points (95 %: +50.0 to +50.0), p = 0.031: told apart" in said[1]
-    assert "need no rule: GenPI acts as the teacher on 6 of 6, SFT alone on 6" in said[2]
-    assert "6 seeds" in said[-1] and "0.031" in said[-1]
+    assert "rules that 1 or 2 samples show: GenPI acts as the teacher on 36 of 48" in said[0]
+    assert said[0].endswith("+50.0 points (95 %: +50.0 to +50.0), p = 0.031: told apart")
+    assert "no sample shows: GenPI acts as the teacher on 0 of 24, SFT alone on 0" in said[1]
+    assert said[1].endswith("p = 1.000: cannot be told by the 0 seeds that differ")
+    assert "1 sample shows: GenPI acts as the teacher on 36 of 48, SFT alone on 12" in said[2]
+    assert "need no rule: GenPI acts as the teacher on 6 of 6, SFT alone on 6" in said[3]
+    assert "6 seeds" in said[-1]
 
 
-def test_table_and_picture_have_every_level():
-    """Three levels of two arms; a dot each but for the inputs that need no rule."""
-    lines = table(report_rows()).splitlines()
-    assert len(lines) == 2 + 3 * 2 and all(line.count("|") == 6 for line in lines)
-    assert draw(report_rows(), "os").count("<circle") == 4
+def test_what_tells_more_is_asked_of_the_arms_that_are_there():
+    """PG of p against PG of another prompt, on the rules that few samples show."""
+    rows = [cell_row("prompt", seed, "a", 2, [1, 1]) for seed in range(6)]
+    rows += [cell_row("unrelated", seed, "a", 2, [1, 0]) for seed in range(6)]
+    first = reading(rows).splitlines()[0]
+    assert "the words of p" in first and "PG, unrelated prompt on 6" in first and "+50.0" in first
+
+
+def test_told_apart_is_what_both_tell_apart():
+    """p counts seeds, the interval rules too: an effect on one rule of many is no effect of all."""
+    found = {"p": 0.01, "low": -0.1, "high": 0.3, "differ": 8}
+    assert verdict(found) == "not told apart" and verdict(found | {"low": 0.1}) == "told apart"
+    assert verdict(found | {"low": 0.1, "p": 0.06}) == "not told apart"
+    assert verdict(found | {"differ": 5}) == "cannot be told by the 5 seeds that differ"
+
+
+def test_a_share_is_uncertain_by_seeds_and_rules():
+    """Two seeds of two rules: 32 inputs, but not 32 trials. Of none right the interval is that of
+    four.
+    """
+    rows = [cell_row("sft", s, r, 1, [int(r == "a")] * 8) for s in (0, 1) for r in "ab"]
+    found = share(rows)
+    assert (found["k"], found["n"], found["low"], found["high"]) == (16, 32, 0, 1)
+    none = share([row for row in rows if row["rule"] == "b"])
+    assert (none["k"], none["n"]) == (0, 16) and none["high"] == wilson(0, 2)["high"]
+
+
+def test_tables_and_picture_have_every_level():
+    """Three levels of two arms; a dot each but for the inputs that need no rule. Of the inputs that
+    were right so far more are obeyed.
+    """
+    rows = report_rows()
+    lines = table(rows).splitlines()
+    assert len(lines) == 2 + 3 * 2 and all(line.count("|") == 7 for line in lines)
+    assert draw(rows, "os").count("<circle") == 4
+    rows[0]["reached"] = [1, 1, 1, 0]
+    assert "| 36 of 48 | 36 of 47 |" in table(rows)
+    took = trainings([row | {"steps": 6, "tokens": 70, "sft": 0.5, "pg": 0.0} for row in rows])
+    assert took.splitlines()[2:] == [
+        "| 16 | GenPI | 6 | 70 | 0.5000 |  |", "| 16 | SFT alone | 6 | 70 | 0.5000 |  |"
+    ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------ the command
