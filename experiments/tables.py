@@ -136,16 +136,16 @@ def write_page(out: Path, found: list[dict], args) -> str:
     """
     tables = {title: [told_row(row, found) for row in rows] for title, rows in TABLES.items()}
     seconds = {name: [cells[name]["seconds"] for cells in found] for name in CELLS}
-    setting = {name: getattr(args, name) for name in ("model", "samples", "held_out", "epochs")}
+    names = ("model", "samples", "held_out", "epochs", "batch", "lr", "pg_share")
+    setting = {name: getattr(args, name) for name in names}
     setting |= {"prompt": args.prompt.name, "seeds": len(found)}
     machines = {cell["machine"] for cells in found for cell in cells.values()}
     setting |= {"flags": found[0][GENPI.cell]["asked"]["flags"], "machines": sorted(machines)}
     whole = {"setting": setting, "tables": tables, "synthesis": synthesis(out, len(found))}
     whole |= {"noise": noise(), "seconds": seconds}
-    parts = [heading(setting, seconds)]
-    parts += [markdown(title, rows) for title, rows in tables.items()]
-    parts.insert(4, synthesis_markdown(whole["synthesis"]))
-    parts += [noise_markdown(whole["noise"]), times_markdown(seconds)]
+    pages = [markdown(title, rows) for title, rows in tables.items()]
+    parts = [heading(setting, seconds), *pages[:3], synthesis_markdown(whole["synthesis"])]
+    parts += [*pages[3:], noise_markdown(whole["noise"]), times_markdown(seconds)]
     told = "\n\n".join(parts)
     write_json(out / "tables.json", whole)
     write_text(out / "tables.md", told + "\n")
@@ -160,7 +160,12 @@ def heading(setting: dict, seconds: dict[str, list[dict]]) -> str:
     return f"""# The paper's tables: {setting["prompt"]} on {setting["model"]}
 
 Seeds: {setting["seeds"]}, each with {setting["samples"]} samples, {setting["epochs"]} epochs, \
-{setting["held_out"]} held-out inputs; {duration(total)} in all on {told}{flags}"""
+{setting["held_out"]} held-out inputs; batches of {setting["batch"]} and a rate of \
+{setting["lr"]:g}, but for --full, which has its own; L_PG of {setting["pg_share"]:g} of the \
+samples; {duration(total)} in all on {told}{flags}
+
+Behind a colon stand the counts of the seeds. Intervals and p are over inputs, so of these very \
+adapters: they do not say what another training by the same method would bring."""
 
 
 def noise_markdown(rows: list[dict]) -> str:
