@@ -181,5 +181,5 @@ def pays(requests: int | str) -> str:
 def request_line(way: str, row: dict) -> str:
     first = f"{1e3 * row['seconds_to_first_token']:.1f} ms | {row['tokens_per_second']:.0f}"
     whole = f"{1e3 * row['seconds_per_request']:.0f} ms"
-    memory = f"{row['kv_bytes'] / 2**20:.2f} | {row['kv_bytes_in_flight'] / 2**20:.1f} MiB"
+    memory = f"{row['kv_bytes'] / 2**20:.2f} MiB | {row['kv_bytes_in_flight'] / 2**20:.1f} MiB"
     return f"| {way.replace('_', ' ')} | {first} | {whole} | {memory} |"

@@ -5,7 +5,8 @@
                not depend on p, and r explains the same two replies. All others are made anew
     adapter    where the training begins
 
-Left out: that the environment, too, might answer otherwise under the new p.
+Left out: that the environment, too, might answer otherwise under the new p; the records that
+--cover added to the earlier run.
 """
 
 import time

@@ -1,14 +1,15 @@
 """How much of the prompt was internalised, and does it pay?
 
     python evaluate.py --run runs/os                             the report of a finished run
+    python evaluate.py --run runs/os --before runs/earlier       both adapters sit the exam
     python evaluate.py --run runs/os --against runs/os-sft       do two adapters differ?
     python evaluate.py --run runs/os --merge merged              the adapter, folded in
     python evaluate.py os --run runs/os                          a benchmark
     python evaluate.py tables                                    an experiment (COMMANDS)
 
-The first prints the report and writes report.json and report.md. All is measured on the held-out
-inputs, which training never saw, and all but the costs with one set of weights: the adapter is
-switched on and off.
+The first prints the report and writes report.json, report.md and report.svg. All is measured on the
+held-out inputs, which training never saw, and all but the costs with one set of weights: the
+adapter is switched on and off.
 
     nll          nats/token of the teacher's turns: base without p, base with p (the teacher),
                  adapter without p

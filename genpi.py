@@ -29,6 +29,7 @@ Departures from the paper, each with its reason:
   * x is the bare problem also where the open turn of p frames it, since that is what arrives once p
     is gone; the authors' student still reads the frame of the OS prompt;
   * the worked examples that the environment reads are closed by [END], to show it when that is due;
+    of a prompt that has none it reads the text;
   * --pg-share below 1 computes L_PG on a random part of each batch only, the same on average for
     less; the default is all of it, as in the paper, save for the embedded model;
   * the gradient is clipped at norm 1 everywhere, in the authors' code at 0.5 for the web tasks;

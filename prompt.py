@@ -3,7 +3,8 @@
     teacher       p with x in its place: the agent that knows p
     student       x alone: the same model without p
     environment   the conversation from the other side: the worked examples of p with the roles
-                  swapped, closed by [END], then x as a message of its own
+                  swapped, closed by [END], then x as a message of its own; where p is plain text
+                  and has none, all of p as what the agent was told
 
 A prompt file is UTF-8 text. With lines <USER>: and <AGENT>: it is a chat: instructions and worked
 examples, then an open <USER>: turn, in which {user_input} marks the place of x. With none it is one
