@@ -88,7 +88,8 @@ def closed_loop(
 
     opening: x -> what the adapter reads of it; by default without p.
     """
-    plan = Plan(run.prompt, run.task, len(records), run.max_new_tokens, 1, 0)
+    unused = {"max_reason_tokens": 1, "seed": 0}  # nothing is sampled
+    plan = Plan(run.prompt, run.task, len(records), run.max_new_tokens, **unused)
     played = [Record(record.index, record.pseudo_input) for record in records]
     base = partial(lora.adapter_off, voice.model)
     role_play(voice, plan, played, opening, base)

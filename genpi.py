@@ -67,7 +67,7 @@ from edit import begin_with
 from evaluate import report
 from files import UNSEEN, read_json, read_text
 from flags import exit_code
-from loss import joint_loss as joint_loss
+from loss import joint_loss as joint_loss  # public names, for notebooks
 from loss import token_nll as token_nll
 from model import Llama, load_model, read_shape
 from prompt import TASKS, Prompt, Task, parse_demos, parse_prompt

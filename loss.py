@@ -28,7 +28,9 @@ from prompt import Prompt, conversation, student_messages
 from runs import Record
 
 IGNORE = -100  # a label that carries no loss
-BOOST = {torch.float16: 1024}  # times a gradient: below 6e-8 a number of float16 is 0
+# times a gradient: below 6e-8 a number of float16 is 0. It is made in the forward pass, before the
+# scale of train.py arrives, and so has one of its own, which the backward pass takes out again
+BOOST = {torch.float16: 1024}
 SLICE = {"cpu": 1 << 23, "cuda": 1 << 27}  # logits at a time: 32 MB and 512 MB in float32
 
 # --------------------------------------------------------------------------------------- losses

@@ -208,8 +208,8 @@ def is_greedy(
         at = pad_sequence([torch.tensor([*x, False]) for x in said], batch_first=True).to(device)
         # (N, D) at the N places of the mask (n, T) whose next token a named message wrote
         x = model.hidden(ids, KVCache(model, len(some), longest, prefix), at)
-        likeliest = torch.cat([model.lm_head(part).argmax(-1) for part in x.split(256)])
-        hits = (likeliest == ids.roll(-1, 1)[at]).tolist()
+        greedy = torch.cat([model.lm_head(part).argmax(-1) for part in x.split(256)])
+        hits = (greedy == ids.roll(-1, 1)[at]).tolist()
         for i, owner in zip(some, who, strict=True):
             wrong = {w for w in owner if w in spoken[i] and not hits.pop(0)}
             found[i] = [number not in wrong for number in spoken[i]]

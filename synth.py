@@ -100,12 +100,12 @@ class Plan:
     given: tuple[str, ...] = ()  # distinct real first messages; none: they are invented
 
     @property
-    def turn(self) -> Sampling:
+    def turn_sampling(self) -> Sampling:
         """Agent, environment and student are greedy."""
         return Sampling(self.max_new_tokens)
 
     @property
-    def reason(self) -> Sampling:
+    def reason_sampling(self) -> Sampling:
         return Sampling(self.max_reason_tokens, temperature=0.7, top_p=0.9)
 
 
@@ -386,7 +386,7 @@ def say_next(
         record.overlong = not voice.fits(view(record), plan.max_new_tokens)
     fitting = [record for record in records if not record.overlong]
     spoken = []
-    replies = voice.speak([view(record) for record in fitting], plan.turn)
+    replies = voice.speak([view(record) for record in fitting], plan.turn_sampling)
     for number, text, ended in sorted(replies):
         fitting[number].turns.append(text)
         spoken.append((fitting[number], ended))
@@ -410,7 +410,7 @@ def student_outputs(voice: Voice, plan: Plan, records: list[Record]) -> None:
     """Stage 3: what the model says without p."""
     asked = [student_messages(record.pseudo_input) for record in records]
     with bar("student outputs", len(asked), "chat") as progress:
-        for number, text, _ in voice.speak(asked, plan.turn):
+        for number, text, _ in voice.speak(asked, plan.turn_sampling):
             records[number].student = text
             progress.update()
 
@@ -420,7 +420,7 @@ def reasons(generator: Voice | Server, plan: Plan, records: list[Record]) -> Ite
     asked = [reason_messages(plan.prompt, record) for record in records]
     seeds = [hash_seed(plan.seed, "reason", record.index) for record in records]
     with bar("reasons", len(asked), "reason") as progress:
-        for number, text, ended in generator.speak(asked, plan.reason, seeds):
+        for number, text, ended in generator.speak(asked, plan.reason_sampling, seeds):
             records[number].reason = text or ""
             records[number].no_reason = text is None
             records[number].cut_reason = text is not None and not ended

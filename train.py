@@ -13,8 +13,7 @@ order of the samples, the noise of dropout. So a training that was interrupted a
 again ends with the same bits (on one CPU).
 
 Left out: sharding the model, mixed precision beyond that of its weights, a loss scale that adapts
-(on a float16 base it is constant). Source: GenPI section 4
-and C.4, QLoRA (arXiv 2305.14314).
+(on a float16 base it is constant). Source: GenPI section 4 and C.4, QLoRA (arXiv 2305.14314).
 """
 
 import math
@@ -165,11 +164,11 @@ def train_step(
     parameters = lora.trainable(model)
     means = torch.zeros(2, device=parameters[0].device)
     scale = LOSS_SCALE.get(model.lm_head.weight.dtype, 1)
-    cost = cost_of(recipe.objective)  # of GenPI loss.batch_nll: -log P of the targets
-    for term, (sequences, some) in enumerate(((sft, sft), (pg, drawn or pg))):
+    cost = cost_of(recipe.objective)  # for genpi it is loss.batch_nll
+    for term, (sequences, computed) in enumerate(((sft, sft), (pg, drawn or pg))):
         n_tokens = sum(sequence.n_targets for sequence in sequences)
-        for rows in micro_batches(own_share(some), recipe.micro_tokens):
-            nats = cost(model, rows) * (len(sequences) / len(some))
+        for rows in micro_batches(own_share(computed), recipe.micro_tokens):
+            nats = cost(model, rows) * (len(sequences) / len(computed))
             losses = [0.0, 0.0]  # a micro-batch is part of one of the two means
             losses[term] = nats / n_tokens
             (scale * joint_loss(*losses, recipe.lam)).backward()
@@ -335,6 +334,9 @@ def forget_metrics(path: Path, after: int) -> None:
     """Drop the lines of steps after the checkpoint: they will be done again."""
     if path.exists():
         write_rows(path, [row for row in read_metrics(path) if row["step"] <= after])
+
+
+# ----------------------------------------------------------------------------------- a finished run
 
 
 def open_model(run: Run, loaded: tuple[Llama, Chat] | None = None) -> tuple[Llama, Chat]:

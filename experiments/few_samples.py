@@ -104,7 +104,9 @@ def estimate(lab: Lab, missing: list[Cell], done: list[dict]) -> str:
     tokens = 0.0
     for cell in missing:
         arm = ARMS["genpi" if ARMS[cell.arm].as_many_tokens else cell.arm]
-        sft, pg = training_sequences(chat, lab.run.prompt, records[:8], 0.7, "genpi", arm.target)
+        sft, pg = training_sequences(
+            chat, lab.run.prompt, records[:8], ARMS["genpi"].lam, "genpi", arm.target
+        )
         a_sample = sum(map(len, sft)) + (arm.lam < 1) * drawn_share(lab.recipe) * sum(map(len, pg))
         tokens += lab.steps * lab.recipe.batch * a_sample / len(sft)
     told = f"about {tokens / 1e6:.1f} million tokens of training"

@@ -440,8 +440,8 @@ def test_a_reason_is_drawn_from_a_seed_of_its_own():
 def test_reasons_and_turns_have_limits_of_their_own():
     """A turn is greedy with the limit of turns, a reason warm with the limit of reasons."""
     plan = Plan(PROMPT, OS, 3, max_new_tokens=11, max_reason_tokens=22, seed=0)
-    assert (plan.turn.max_new_tokens, plan.turn.temperature) == (11, 0.0)
-    assert plan.reason == Sampling(22, temperature=0.7, top_p=0.9)
+    assert (plan.turn_sampling.max_new_tokens, plan.turn_sampling.temperature) == (11, 0.0)
+    assert plan.reason_sampling == Sampling(22, temperature=0.7, top_p=0.9)
 
 
 def test_records_that_are_there_are_not_made_again(tmp_path):
