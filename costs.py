@@ -22,6 +22,7 @@ import torch
 
 import lora
 from chat import Chat
+from files import markdown_table
 from model import KVCache, Llama, prefill
 from prompt import Prompt, student_messages
 from runs import Record
@@ -166,9 +167,9 @@ def markdown(report: dict) -> str:
     for name, weights in (("trained", "the trained weights"), ("dense", "dense weights")):
         rows = dict(paid[name])
         after = rows.pop("pays_after_requests")
-        head = f"one request, {weights} | to first token | tokens/s | whole reply"
-        lines = [f"| {head} | KV cache | at {paid['users']} users |", "|---" * 6 + "|"]
-        told.append("\n".join(lines + [request_line(way, row) for way, row in rows.items()]))
+        head = [f"one request, {weights}", "to first token", "tokens/s", "whole reply", "KV cache"]
+        lines = [request_cells(way, row) for way, row in rows.items()]
+        told.append(markdown_table([*head, f"at {paid['users']} users"], lines))
         verdicts = [f"* against the {way.replace('_', ' ')}: {pays(n)}" for way, n in after.items()]
         told.append("\n".join([f"does it pay on {weights}?", *verdicts]))
     return "\n\n".join(told)
@@ -178,8 +179,8 @@ def pays(requests: int | str) -> str:
     return f"after {requests:,} requests" if isinstance(requests, int) else requests
 
 
-def request_line(way: str, row: dict) -> str:
-    first = f"{1e3 * row['seconds_to_first_token']:.1f} ms | {row['tokens_per_second']:.0f}"
+def request_cells(way: str, row: dict) -> list[str]:
+    first = f"{1e3 * row['seconds_to_first_token']:.1f} ms", f"{row['tokens_per_second']:.0f}"
     whole = f"{1e3 * row['seconds_per_request']:.0f} ms"
-    memory = f"{row['kv_bytes'] / 2**20:.2f} MiB | {row['kv_bytes_in_flight'] / 2**20:.1f} MiB"
-    return f"| {way.replace('_', ' ')} | {first} | {whole} | {memory} |"
+    memory = f"{row['kv_bytes'] / 2**20:.2f} MiB", f"{row['kv_bytes_in_flight'] / 2**20:.1f} MiB"
+    return [way.replace("_", " "), *first, whole, *memory]

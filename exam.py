@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import read_text
+from files import markdown_table, read_text
 from lora import adapter_of, adapter_off
 from prompt import MARKER, Prompt, Task, conversation, parse_prompt, student_messages
 from runs import Record
@@ -254,9 +254,7 @@ def markdown(report: dict) -> str:
             tested = interval(row["before"]), f"{row['gained']}, {row['lost']}"
             table[-1] += tested if row["before"]["n"] else ("untested", "")
         table[-1] += [f"{statistics.mean(lines):.3f}" if lines else ""]
-    page = [f"| {' | '.join(cells)} |" for cells in (heads, *table)]
-    page.insert(1, "|" + "---|" * len(heads))
-    return f"""{chr(10).join(page)}
+    return f"""{markdown_table(heads, table)}
 
 (a turn counts for a rule if the teacher acts otherwise in it once the rule is taken out of the \
 prompt, but not if that is so for {FRAGILE} rules or more; the last column says how well the rule \

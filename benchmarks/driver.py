@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import lora
 from checkpoint import hash_file, weight_files
-from files import append_row, check_kinds, read_rows, write_rows
+from files import append_row, check_kinds, markdown_table, read_rows, write_rows
 from flags import WHOLE, Flags, device_flag
 from prompt import conversation, student_messages
 from runs import Run, load_run, locked, text_hash
@@ -221,8 +221,7 @@ def table(found: dict[str, list[dict]], measures: Sequence[str] = ()) -> str:
 
     measures: of the rows, whose means are columns too; a row that has it not counts 0.
     """
-    head = ["score (95 %)", "of the teacher's", *measures, "episodes ended with"]
-    lines = [f"| | {' | '.join(head)} |", "|---" * len(head) + "|---|"]
+    lines = []
     scores = {title: [row["score"] for row in rows] for title, rows in found.items()}
     whole = all(score in (0, 1) for each in scores.values() for score in each)
     means = [sum(each) / len(each) for each in scores.values()]
@@ -232,8 +231,9 @@ def table(found: dict[str, list[dict]], measures: Sequence[str] = ()) -> str:
         ends = Counter(row["ended"] for row in rows).most_common()
         ended = ", ".join(f"{how} {count}" for how, count in ends)
         also = [f"{100 * sum(row.get(m, 0) for row in rows) / len(rows):.1f}" for m in measures]
-        lines.append(f"| {' | '.join([title, told, share, *also, ended])} |")
-    return "\n".join(lines)
+        lines.append([title, told, share, *also, ended])
+    head = ["", "score (95 %)", "of the teacher's", *measures, "episodes ended with"]
+    return markdown_table(head, lines)
 
 
 def successes(scores: list[float]) -> str:

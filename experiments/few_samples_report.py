@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import picture
-from files import UNSEEN, write_text
+from files import UNSEEN, markdown_table, write_text
 from picture import COLOUR, HEIGHT, WIDTH, mark, panel
 from stats import clustered_difference, wilson
 
@@ -129,8 +129,7 @@ def table(rows: list[dict]) -> str:
     """Every size, level and arm: k of n, of those inputs in which all was right before the rule was
     due, and the difference to SFT alone.
     """
-    head = ["samples", "of which show the rule", "arm", "obeyed", "of those that got so far"]
-    lines = [f"| {' | '.join([*head, 'against SFT alone'])} |", "|---" * (len(head) + 1) + "|"]
+    lines = []
     for samples in sorted({row["samples"] for row in rows}):
         for level in [*levels_in(rows), None]:
             for arm in arms_in(rows):
@@ -141,23 +140,24 @@ def table(rows: list[dict]) -> str:
                 if n:
                     shown = "(inputs that need none)" if level is None else level
                     gap = points(clustered_difference(pairs)) if arm != BASE and pairs else ""
-                    cells = samples, shown, NAMES[arm], f"{k} of {n}", f"{k} of {reached}", gap
-                    lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+                    counts = f"{k} of {n}", f"{k} of {reached}"
+                    lines.append([samples, shown, NAMES[arm], *counts, gap])
+    head = ["samples", "of which show the rule", "arm", "obeyed", "of those that got so far"]
+    return markdown_table([*head, "against SFT alone"], lines)
 
 
 def trainings(rows: list[dict]) -> str:
     """Every size and arm: what a training took, and where its losses ended; means of the seeds."""
-    head = "| samples | arm | steps | tokens | SFT, nats/token | PG, nats/token |"
-    lines = [head, "|---|---|---|---|---|---|"]
+    lines = []
     for samples in sorted({row["samples"] for row in rows}):
         for arm in arms_in(rows):
             some = [row for row in rows if (row["samples"], row["arm"]) == (samples, arm)]
             keys = ("steps", "tokens", "sft", "pg")
             steps, tokens, sft, pg = (statistics.mean(row[key] for row in some) for key in keys)
-            ends = f"{sft:.4f} | {pg:.4f}" if pg else f"{sft:.4f} | "
-            lines.append(f"| {samples} | {NAMES[arm]} | {steps:.0f} | {tokens:,.0f} | {ends} |")
-    return "\n".join(lines)
+            took = f"{steps:.0f}", f"{tokens:,.0f}", f"{sft:.4f}", f"{pg:.4f}" if pg else ""
+            lines.append([samples, NAMES[arm], *took])
+    head = ["samples", "arm", "steps", "tokens", "SFT, nats/token", "PG, nats/token"]
+    return markdown_table(head, lines)
 
 
 def arms_in(rows: list[dict]) -> list[str]:

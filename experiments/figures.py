@@ -29,7 +29,7 @@ import costs
 import picture
 from checkpoint import find_folder
 from experiments.macs import Talk, linear_maps, pass_macs, talk_macs, turn_macs
-from files import write_json, write_text
+from files import markdown_table, write_json, write_text
 from flags import WHOLE, Flags, device_flag, number
 from model import Config, KVCache, Llama, load_model, prefill, read_shape
 from picture import COLOUR, HEIGHT, WIDTH
@@ -118,11 +118,11 @@ def table(name: str, rounds: list[dict], unit: str) -> str:
     by, unit = scaled(rows, unit)
     turns = len(rows["adapter", False, True])
     head = [f"{name}, {unit}", *(f"turn {turn + 1}" for turn in range(turns)), "all"]
-    lines = [f"| {' | '.join([*head, 'the adapter saves'])} |", "|---" * (turns + 3) + "|"]
-    for key, row in rows.items():
-        cells = [way_name(*key), *(f"{x / by:.3g}" for x in row), f"{sum(row) / by:.3g}"]
-        lines.append(f"| {' | '.join([*cells, in_percent(rounds, key)])} |")
-    return "\n".join(lines)
+    cells = [
+        [way_name(*key), *(f"{x / by:.3g}" for x in (*row, sum(row))), in_percent(rounds, key)]
+        for key, row in rows.items()
+    ]
+    return markdown_table([*head, "the adapter saves"], cells)
 
 
 def in_percent(rounds: list[dict], key: tuple) -> str:

@@ -13,7 +13,7 @@ Left out: runs of different prompts.
 from pathlib import Path
 
 from exam import short
-from files import read_json
+from files import markdown_table, read_json
 from flags import Flags
 from stats import interval, sign_test, wilson
 
@@ -49,7 +49,7 @@ def markdown(rows: list[dict]) -> str:
     both = all("before" in row for row in rows)
     heads = ["rule of the prompt", "shown by samples", "obeyed without the prompt"]
     heads += ["by the earlier adapters", "gained, lost", "p"] * both
-    table = [heads, ["---"] * len(heads)]
+    table = []
     for row in rows:
         table.append([short(row["rule"]), ", ".join(map(str, row["shown_by"]))])
         tested = row["obeyed"]["n"] > 0
@@ -59,7 +59,7 @@ def markdown(rows: list[dict]) -> str:
             gained, lost = row["gained"], row["lost"]
             p = f"{sign_test(gained, lost):.3f}" if gained + lost else ""
             table[-1] += [f"{gained}, {lost}" if tested else "", p]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return markdown_table(heads, table)
 
 
 def command(argv: list[str]) -> None:

@@ -32,7 +32,7 @@ from experiments.cells import (
     plan_cell,
 )  # fmt: skip
 from experiments.published import GENPI, SYNTHESIS, TABLES, TASKS, Row, noise
-from files import write_json, write_text
+from files import markdown_table, write_json, write_text
 from flags import WHOLE, Flags
 from forecast import duration
 from stats import interval, paired_difference, wilson
@@ -79,7 +79,7 @@ def markdown(title: str, rows: list[dict]) -> str:
     names = [measure.replace("_", " ") for measure in measures]
     head = ["", "paper: OS, browsing, shopping", *(f"ours, {name}" for name in names)]
     head.append(f"{names[-1]}: minus GenPI, in points")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    table = []
     for row in rows:
         published = ", ".join(f"{x:g}" for x in row["published"] or ()) or "not known to us"
         if row["cell"] is None:
@@ -87,8 +87,8 @@ def markdown(title: str, rows: list[dict]) -> str:
         else:
             cells = [in_words(row["ours"][measure]) for measure in measures]
             cells.append(difference(row.get("against_genpi")))
-        lines.append(f"| {' | '.join([row['name'], published, *cells])} |")
-    return f"### {title}\n\n" + "\n".join(lines)
+        table.append([row["name"], published, *cells])
+    return f"### {title}\n\n" + markdown_table(head, table)
 
 
 def in_words(row: dict) -> str:
@@ -114,16 +114,14 @@ def synthesis(out: Path, seeds: int) -> dict:
 
 def synthesis_markdown(ours: dict) -> str:
     head = ["", "gold turns", "mean turns", *(fault.replace("_", " ") for fault in FAULTS[:3])]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    table = []
     for name, (gold, mean, *shares) in SYNTHESIS.items():
-        cells = [name, f"{gold}", f"{mean}", *(f"{share:g} %" for share in shares)]
-        lines.append(f"| {' | '.join(cells)} |")
+        table.append([name, gold, mean, *(f"{share:g} %" for share in shares)])
     n = ours["records"]
     faults = [interval(wilson(round(ours[fault] * n), n)) for fault in FAULTS[:3]]
     gold = f"{ours['gold_turns']:g}" if ours["gold_turns"] else "not known"
-    cells = [f"ours, {n} records", gold, f"{ours['mean_turns']:.2f}", *faults]
-    lines.append(f"| {' | '.join(cells)} |")
-    return "### Table 4: the synthesis\n\n" + "\n".join(lines)
+    table.append([f"ours, {n} records", gold, f"{ours['mean_turns']:.2f}", *faults])
+    return "### Table 4: the synthesis\n\n" + markdown_table(head, table)
 
 
 # ---------------------------------------------------------------------------------------- the page
@@ -169,25 +167,25 @@ adapters: they do not say what another training by the same method would bring."
 
 
 def noise_markdown(rows: list[dict]) -> str:
-    lines = ["| published, against GenPI's | OS | browsing |", "|---|---|---|"]
-    for row in rows:
-        cells = [
-            f"{row[task]['k']} against {row[task]['genpi']} of {n}, p = {row[task]['p']:.2g}"
-            for task, n in TASKS.items()
-        ]
-        lines.append(f"| {row['name']} | {' | '.join(cells)} |")
-    return "### The paper's own differences, by Fisher's exact test\n\n" + "\n".join(lines)
+    def cell(row: dict, n: int) -> str:
+        return f"{row['k']} against {row['genpi']} of {n}, p = {row['p']:.2g}"
+
+    head = ["published, against GenPI's", "OS", "browsing"]
+    table = [[row["name"], *(cell(row[task], n) for task, n in TASKS.items())] for row in rows]
+    told = "### The paper's own differences, by Fisher's exact test"
+    return f"{told}\n\n{markdown_table(head, table)}"
 
 
 def times_markdown(seconds: dict[str, list[dict]]) -> str:
     """What was run, and how long it took: mean seconds over the seeds."""
     parts = ("synth", "train", "judge")
-    lines = ["| cell | flags | synthesis | training | judging |", "|---" * 5 + "|"]
+    table = []
     for cell, seeds in seconds.items():
         means = [f"{sum(row[part] for row in seeds) / len(seeds):.0f} s" for part in parts]
         flags = f"`{CELLS[cell]}`" if CELLS[cell] else ""
-        lines.append(f"| {cell} | {flags} | {' | '.join(means)} |")
-    return "### What was run: seconds a seed\n\n" + "\n".join(lines)
+        table.append([cell, flags, *means])
+    head = ["cell", "flags", "synthesis", "training", "judging"]
+    return "### What was run: seconds a seed\n\n" + markdown_table(head, table)
 
 
 # ------------------------------------------------------------------------------------- the command
