@@ -158,20 +158,21 @@ def padded(sequences: list[Sequence], device) -> tuple[Tensor, Tensor]:
 
 
 def batch_nll(model: Llama, sequences: list[Sequence]) -> Tensor:
-    """Nats over the targets of some sequences, which are one forward pass."""
-    return sequence_nll(model, *padded(sequences, model.lm_head.weight.device))
+    """Nats over the targets of some sequences, which are one forward pass.
 
-
-def sequence_nll(model: Llama, ids: Tensor, labels: Tensor) -> Tensor:
-    """Nats over the targets of ids and labels (B, T).
-
-    Same as token_nll(model(ids), labels)[0], without ever holding all logits: lm_head is applied
-    where there is a target, a slice at a time.
+    Same as token_nll(model(ids), labels)[0] of what padded gives, without ever holding all logits:
+    lm_head is applied where there is a target, a slice at a time.
     """
+    x, targets = at_targets(model, sequences)
+    return SlicedNLL.apply(x, model.lm_head.weight, targets)
+
+
+def at_targets(model: Llama, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
+    """What lm_head reads where a target is predicted, (N, D), and the targets (N,), row by row."""
+    ids, labels = padded(sequences, model.lm_head.weight.device)
     targets = next_tokens(labels)
     is_target = targets != IGNORE
-    x = model.hidden(ids, at=is_target)  # (N, D)
-    return SlicedNLL.apply(x, model.lm_head.weight, targets[is_target])
+    return model.hidden(ids, at=is_target), targets[is_target]
 
 
 class SlicedNLL(torch.autograd.Function):

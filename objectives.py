@@ -49,10 +49,9 @@ from loss import (
     REPLIES,
     Sequence,
     SlicedNLL,
+    at_targets,
     batch_nll,
     build_sequence,
-    next_tokens,
-    padded,
     sft_sequence,
     teacher_sequence,
 )
@@ -196,14 +195,6 @@ class SlicedKL(torch.autograd.Function):
     def backward(ctx, dnats: Tensor):
         scale = dnats / ctx.boost
         return ctx.gradient * scale, None if ctx.dW is None else ctx.dW * scale, None, None
-
-
-def at_targets(model: Llama, sequences: list[Sequence]) -> tuple[Tensor, Tensor]:
-    """What lm_head reads where a target is predicted, (N, D), and the targets (N,), row by row."""
-    ids, labels = padded(sequences, model.lm_head.weight.device)
-    targets = next_tokens(labels)
-    is_target = targets != IGNORE
-    return model.hidden(ids, at=is_target), targets[is_target]
 
 
 def lesson(model: Llama, twins: list[Twin]) -> tuple[Tensor, Tensor]:

@@ -21,11 +21,11 @@ from loss import (
     IGNORE,
     Sequence,
     SlicedNLL,
+    batch_nll,
     joint_loss,
     next_tokens,
     padded,
     pg_sequence,
-    sequence_nll,
     sft_sequence,
     token_nll,
 )
@@ -169,13 +169,14 @@ def test_slices_keep_the_tail_of_a_softmax_in_float16(boost, monkeypatch):
 
 
 def test_the_loss_that_trains_is_token_nll():
-    """sequence_nll is token_nll of all logits, in value and in gradient: same shift, same mask."""
+    """batch_nll is token_nll of all logits, in value and in gradient: same shift, same mask."""
     torch.manual_seed(0)
     model = Llama(Config(9, 16, 24, 1, 2, 1, 8)).double()
     ids, labels = torch.randint(9, (2, 2, 7)).unbind()
     labels[0, :3] = labels[1, 5:] = IGNORE
+    sequences = [Sequence(*pair) for pair in zip(ids.tolist(), labels.tolist(), strict=True)]
     found = []
-    for nats in (token_nll(model(ids), labels)[0], sequence_nll(model, ids, labels)):
+    for nats in (token_nll(model(ids), labels)[0], batch_nll(model, sequences)):
         weight = model.model.layers[0].mlp.up_proj.weight
         found.append((nats, torch.autograd.grad(nats, weight)[0]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
@@ -296,11 +297,10 @@ def test_memory_does_not_grow_with_vocabulary_times_length(monkeypatch):
     model = Llama(Config(1792, 32, 48, 2, 2, 2, 16, 2048))
     sequence, vocabulary = pg_sequence(CHAT, Prompt("yes " * 400), RECORD), 1792
     tokens = sequence.n_targets
-    ids, labels = torch.tensor([sequence.ids]), torch.tensor([sequence.labels])
     for slice_ in (8 * vocabulary, 64 * vocabulary):
         monkeypatch.setitem(loss.SLICE, "cpu", slice_)
         with LargestTensor() as largest:
-            sequence_nll(model, ids, labels).backward()
+            batch_nll(model, [sequence]).backward()
         weights = vocabulary * 32  # lm_head and embedding
         assert max(slice_, weights) <= largest.numbers <= max(slice_, weights, 64 * tokens)
         assert largest.numbers < tokens * vocabulary / 4
