@@ -314,7 +314,7 @@ def write_merged(folder: Path, target: Path, device: str | None, model: str | No
     Raises: ValueError if the target is the base's own folder.
     """
     run = runs.load_run(folder, device, model)
-    lora.merge(open_model(run)[0], target, run.base)
+    lora.save_dense(open_model(run)[0], target, run.base)
     print(f"{target}: {run.model} with the adapter of {folder} folded in")
 
 

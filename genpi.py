@@ -254,7 +254,7 @@ def save(args, model: Llama) -> None:
     """Write the adapter into the run folder, or with --full the whole model."""
     base = base_folder(args)
     if args.full:
-        lora.merge(model, args.out, base)
+        lora.save_dense(model, args.out, base)
     else:
         embedded = args.model_path == "tiny"
         lora.save_adapter(model, args.out, base_model=str(base) if embedded else args.model)

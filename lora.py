@@ -187,16 +187,11 @@ def check_rank(model: nn.Module, rank: int, targets=TARGETS) -> None:
 
 
 @torch.no_grad()
-def merge(
-    model: nn.Module, folder: str | Path | None = None, source: str | Path | None = None
-) -> nn.Module:
+def merge(model: nn.Module) -> nn.Module:
     """Make every LoRA and NF4 layer a plain nn.Linear with the adapter folded in; return the model.
 
-    In place, and doing it twice changes nothing. With `folder` the result is also written as a
-    plain checkpoint, beside the config and tokenizer files of `source`, the base's own folder.
-    Raises: ValueError, before the model is changed, when source is no checkpoint or is folder.
+    In place, and doing it twice changes nothing.
     """
-    config = _source_config(folder, source) if folder is not None else None
     for name, layer in reversed(list(model.named_modules())):  # a layer's base before the layer
         if isinstance(layer, NF4Linear):
             plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
@@ -208,12 +203,18 @@ def merge(
             delta = layer.alpha / layer.rank * layer.lora_B @ layer.lora_A  # (N, K)
             weight.copy_(weight.float() + delta)  # added in float32, rounded once
             model.set_submodule(name, layer.base)
-    if folder is not None:
-        _save_merged(model, Path(folder), Path(source), config)
     return model
 
 
-def _save_merged(model: nn.Module, folder: Path, source: Path, config: dict) -> None:
+def save_dense(model: nn.Module, folder: str | Path, source: str | Path) -> None:
+    """Write a model as a plain checkpoint, its adapter and NF4 layers merged if it has any.
+
+    source: the base's own folder, whose config and tokenizer files go with it. Raises: ValueError,
+    before the model is changed, when source is no checkpoint or is folder.
+    """
+    folder, source = Path(folder), Path(source)
+    config = _source_config(folder, source)
+    merge(model)
     folder.mkdir(parents=True, exist_ok=True)
     # A shared parameter is listed once, so a tied lm_head is left out, as its format asks for.
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
@@ -227,10 +228,10 @@ def _save_merged(model: nn.Module, folder: Path, source: Path, config: dict) -> 
     write_json(folder / "config.json", config | dtypes)
 
 
-def _source_config(folder: str | Path, source: str | Path | None) -> dict:
-    if source is None or not (file := Path(source) / "config.json").is_file():
+def _source_config(folder: Path, source: Path) -> dict:
+    if not (file := source / "config.json").is_file():
         raise ValueError(f"source {source} has no config.json: give the base checkpoint's folder")
-    if Path(folder).resolve() == Path(source).resolve():
+    if folder.resolve() == source.resolve():
         raise ValueError(f"folder {folder} is the base checkpoint itself: choose another folder")
     return read_json(file, "give the base checkpoint's folder")
 

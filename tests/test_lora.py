@@ -21,6 +21,7 @@ from lora import (
     lora_layers,
     merge,
     save_adapter,
+    save_dense,
 )
 from model import load_model
 from quant import NF4Linear, dequantize_nf4, quantize_nf4
@@ -426,7 +427,7 @@ def test_a_merged_checkpoint_is_a_plain_one(tmp_path, bits):
     """The folder has the tensors of the source and loads with no adapter to the same logits."""
     model = random_adapter(base_model(bits))
     before = logits(model)
-    merge(model, tmp_path, source=FIXTURES / "base")
+    save_dense(model, tmp_path, FIXTURES / "base")
     names = [load_file(f / "model.safetensors").keys() for f in (tmp_path, FIXTURES / "base")]
     assert names[0] == names[1] and "lm_head.weight" not in names[0]
     loaded = load_model(str(tmp_path))[0]
@@ -435,18 +436,19 @@ def test_a_merged_checkpoint_is_a_plain_one(tmp_path, bits):
 
 def test_a_merged_bfloat16_checkpoint_says_so(tmp_path):
     """The dtype in config.json is that of the tensors in the file."""
-    merge(random_adapter(base_model(dtype=torch.bfloat16)), tmp_path, source=FIXTURES / "base")
+    model = random_adapter(base_model(dtype=torch.bfloat16))
+    save_dense(model, tmp_path, FIXTURES / "base")
     weights = load_file(tmp_path / "model.safetensors").values()
     assert {w.dtype for w in weights} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("source", [None, "nowhere", FIXTURES / "ours"])
+@pytest.mark.parametrize("source", ["nowhere", FIXTURES / "ours"])
 def test_merging_into_a_folder_needs_a_source(tmp_path, source):
     """Without the base's folder nothing is merged and nothing is written."""
     model = random_adapter(base_model())
     with pytest.raises(ValueError, match="has no config.json: give the base checkpoint's folder$"):
-        merge(model, tmp_path / "out", source)
+        save_dense(model, tmp_path / "out", source)
     assert lora_layers(model) and not (tmp_path / "out").exists()
 
 
@@ -455,5 +457,5 @@ def test_a_checkpoint_is_not_merged_into_itself(tmp_path):
     base = shutil.copytree(FIXTURES / "base", tmp_path / "base")
     before = (base / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="is the base checkpoint itself: choose another folder$"):
-        merge(random_adapter(base_model()), base, source=tmp_path / "base" / ".." / "base")
+        save_dense(random_adapter(base_model()), base, tmp_path / "base" / ".." / "base")
     assert (base / "model.safetensors").read_bytes() == before
