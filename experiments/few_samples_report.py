@@ -39,6 +39,10 @@ def levels_in(rows: list[dict]) -> list[int]:
     return sorted({row["shown"] for row in rows if row["rule"]})
 
 
+def sizes_in(rows: list[dict]) -> list[int]:
+    return sorted({row["samples"] for row in rows})
+
+
 def at(rows: list[dict], arm: str, levels: tuple, samples: int | None = None) -> list[dict]:
     """The rows of an arm about rules that so many samples showed. levels: (None,) is of inputs that
     need no rule; samples None: of all sizes.
@@ -88,11 +92,14 @@ def points(found: dict) -> str:
 
 
 def reading(rows: list[dict]) -> str:
-    """The question, what tells more about it, and GenPI against SFT alone level by level."""
-    asked = [("**the question**", "genpi", BASE, FEW)]
-    asked += [(what, ours, theirs, FEW) for ours, theirs, what in CONTRASTS]
-    asked += [("by level", "genpi", BASE, (level,)) for level in [*levels_in(rows), None]]
-    told = [sentence(rows, *each) for each in asked]
+    """The question, what tells more about it, and GenPI against SFT alone by size and by level."""
+    both = ("genpi", BASE)
+    told = [sentence(rows, "**the question**", *both, FEW)]
+    told += [sentence(rows, what, ours, theirs, FEW) for ours, theirs, what in CONTRASTS]
+    for n in sizes_in(rows):
+        some = [row for row in rows if row["samples"] == n]
+        told.append(sentence(some, f"of {n} samples", *both, FEW))
+    told += [sentence(rows, "by level", *both, (level,)) for level in [*levels_in(rows), None]]
     told = [f"* {text}" for text in told if text]
     seeds = len({row["seed"] for row in rows})
     told.append(f"\n{seeds} {'seed' if seeds == 1 else 'seeds'}; p is exact over those that differ")
@@ -130,7 +137,7 @@ def table(rows: list[dict]) -> str:
     due, and the difference to SFT alone.
     """
     lines = []
-    for samples in sorted({row["samples"] for row in rows}):
+    for samples in sizes_in(rows):
         for level in [*levels_in(rows), None]:
             for arm in arms_in(rows):
                 some = at(rows, arm, (level,), samples)
@@ -149,7 +156,7 @@ def table(rows: list[dict]) -> str:
 def trainings(rows: list[dict]) -> str:
     """Every size and arm: what a training took, and where its losses ended; means of the seeds."""
     lines = []
-    for samples in sorted({row["samples"] for row in rows}):
+    for samples in sizes_in(rows):
         for arm in arms_in(rows):
             some = [row for row in rows if (row["samples"], row["arm"]) == (samples, arm)]
             keys = ("steps", "tokens", "sft", "pg")
@@ -171,9 +178,10 @@ def draw(rows: list[dict], name: str) -> str:
     """A panel a size: the share of inputs on which a rule is obeyed, by the samples that show it,
     an arm a line -> an SVG file.
     """
-    sizes = sorted({row["samples"] for row in rows})
     arms = arms_in(rows)
-    panels = [draw_size([row for row in rows if row["samples"] == n], n, arms) for n in sizes]
+    panels = [
+        draw_size([row for row in rows if row["samples"] == n], n, arms) for n in sizes_in(rows)
+    ]
     legend = {arm: NAMES[arm] for arm in arms}
     return picture.page([panel for panel in panels if panel], name, legend)
 

@@ -62,10 +62,11 @@ def test_the_reading_begins_with_the_question():
     said = reading(report_rows()).splitlines()
     assert "rules that 1 or 2 samples show: GenPI acts as the teacher on 36 of 48" in said[0]
     assert said[0].endswith("+50.0 points (95 %: +50.0 to +50.0), p = 0.031: told apart")
-    assert "no sample shows: GenPI acts as the teacher on 0 of 24, SFT alone on 0" in said[1]
-    assert said[1].endswith("p = 1.000: cannot be told by the 0 seeds that differ")
-    assert "1 sample shows: GenPI acts as the teacher on 36 of 48, SFT alone on 12" in said[2]
-    assert "need no rule: GenPI acts as the teacher on 6 of 6, SFT alone on 6" in said[3]
+    assert said[1] == said[0].replace("**the question**", "of 16 samples")
+    assert "no sample shows: GenPI acts as the teacher on 0 of 24, SFT alone on 0" in said[2]
+    assert said[2].endswith("p = 1.000: cannot be told by the 0 seeds that differ")
+    assert "1 sample shows: GenPI acts as the teacher on 36 of 48, SFT alone on 12" in said[3]
+    assert "need no rule: GenPI acts as the teacher on 6 of 6, SFT alone on 6" in said[4]
     assert "6 seeds" in said[-1]
 
 
