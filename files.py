@@ -1,4 +1,4 @@
-"""The files of a run folder: how text, JSON and JSON lines are written, read and checked.
+"""The files of a run folder: how text, tables, JSON and JSON lines are written, read and checked.
 
 Whatever is replaced is written beside and then renamed, so that no reader and no crash sees half a
 file. What is appended may end in half a line, which read_rows drops. A folder may have come by

@@ -212,7 +212,8 @@ def save_dense(model: nn.Module, folder: str | Path, source: str | Path) -> None
     source: the base's own folder, whose config and tokenizer files go with it. Raises: ValueError,
     before the model is changed, when source is no checkpoint or is folder.
     """
-    folder, source = Path(folder), Path(source)
+    folder = Path(folder)
+    source = Path(source)
     config = _source_config(folder, source)
     merge(model)
     folder.mkdir(parents=True, exist_ok=True)

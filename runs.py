@@ -322,7 +322,8 @@ def has_records(args, known: dict) -> bool:
     path = args.out / "args.json"
     if not path.exists():
         return False
-    flags, before = told_flags(args, known), read_json(path, ELSEWHERE)
+    flags = told_flags(args, known)
+    before = read_json(path, ELSEWHERE)
     flags["generator_model"] = flags["generator_model"] or before.get("generator_model")
     begun = not changed_flags(flags, before)
     return begun and bool(read_records(args.out / "data.jsonl", mend=False))

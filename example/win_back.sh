@@ -3,11 +3,11 @@
 #
 #     bash example/win_back.sh [--prompt FILE] [other flags of genpi.py]
 #
-# Of each seed three adapters are trained for about as many steps, and examined on the same held-out inputs:
+# Of each seed three adapters are trained, two of them for 60 steps, and examined on the same held-out inputs:
 #
 #     many      40 samples as they come
 #     few       the first 8 of them
-#     covered   these 8, and what --cover adds until 4 samples need each rule
+#     covered   these 8, and what --cover adds until 4 samples need each rule; 15 epochs, so 27 to 62 steps
 #
 # The last two tables put covered beside few, and many beside few: does it take the right samples, or just more?
 set -euo pipefail
