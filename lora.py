@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from files import read_json, replacing, write_json
 from full import base_back
+from linear import Linear, linear
 from quant import NF4Linear, dequantize_nf4
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -87,7 +88,7 @@ class LoRALinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         kept, share = drop(rows, self.dropout) if self.training else (rows, 1.0)
         scale = self.alpha / self.rank / share
-        low = F.linear(kept, self.lora_A.to(x.dtype)) * scale  # (rows, R)
+        low = linear(kept, self.lora_A.to(x.dtype)) * scale  # (rows, R)
         y = self.base(rows).addmm_(low, self.lora_B.T.to(x.dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -168,9 +169,9 @@ def _adapter(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _target_layers(model: nn.Module, targets: Collection[str]) -> dict[str, nn.Module]:
-    linear = (nn.Linear, NF4Linear, LoRALinear)
+    kinds = (nn.Linear, NF4Linear, LoRALinear)
     named = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in targets}
-    return {n: m for n, m in named.items() if isinstance(m, linear)}
+    return {n: m for n, m in named.items() if isinstance(m, kinds)}
 
 
 def check_rank(model: nn.Module, rank: int, targets=TARGETS) -> None:
@@ -194,7 +195,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     for name, layer in reversed(list(model.named_modules())):  # a layer's base before the layer
         if isinstance(layer, NF4Linear):
-            plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+            plain = Linear(layer.in_features, layer.out_features, device="meta")
             plain.weight = nn.Parameter(dequantize_nf4(layer.nf4), requires_grad=False)
             plain.bias = layer.bias
             model.set_submodule(name, plain)

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chat import Chat
+from linear import matmul
 from model import Llama
 from prompt import Prompt, conversation, student_messages
 from runs import Record
@@ -196,7 +197,7 @@ class SlicedNLL(torch.autograd.Function):
         boost = ctx.boost = BOOST.get(x.dtype, 1)
         rows = max(1, SLICE[x.device.type] // len(W))
         for part, target in zip(x.split(rows), targets.split(rows), strict=True):
-            logits = F.linear(part, W).float()
+            logits = matmul(part, W.T).float()
             most = logits.amax(-1, keepdim=True)
             chosen = logits.gather(-1, target[:, None]) - most
             exp = logits.sub_(most).exp_()  # in place: the slice is the largest tensor there is
@@ -204,7 +205,7 @@ class SlicedNLL(torch.autograd.Function):
             nats += (mass.log() - chosen).sum()
             if ctx.needs_input_grad[0]:
                 exp.div_(mass / boost)[torch.arange(len(exp), device=x.device), target] -= boost
-                gradient.append(exp.to(x.dtype) @ W)
+                gradient.append(matmul(exp.to(x.dtype), W))
                 if ctx.dW is not None:
                     ctx.dW.addmm_(exp.to(x.dtype).T, part)
         ctx.gradient = torch.cat(gradient) if gradient else None

@@ -35,9 +35,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from attention import causal_attention, prefix_attention
 from chat import Chat
 from checkpoint import CURE, check_config, check_weights, find_folder, set_fields, weight_files
 from files import read_json
+from linear import Linear
 from quant import NF4Linear, keep_dense, quantize_nf4
 
 # ------------------------------------------------------------------------------------------ shape
@@ -73,28 +75,7 @@ class Config:
         return cls(**{name: known[name] for name in cls.__dataclass_fields__ if name in known})
 
 
-# -------------------------------------------------------------------------------------- attention
-
-
-def attention_by_definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(hd) + causal mask) v, where the T queries are the last of S tokens.
-
-    q (B, H, T, hd), k and v (B, K, S, hd) -> (B, H, T, hd); each key head serves G query heads.
-    """
-    H, T, hd = q.shape[1:]
-    K, S = k.shape[1:3]
-    keys = k.repeat_interleave(H // K, dim=1)  # (B, H, S, hd)
-    values = v.repeat_interleave(H // K, dim=1)
-    place = torch.arange(S, device=q.device)
-    ahead = place > place[S - T :, None]  # (T, S), where a key comes after its query
-    scores = (q @ keys.transpose(2, 3) * hd**-0.5).masked_fill(ahead, -torch.inf)
-    return scores.softmax(-1) @ values
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Same as attention_by_definition with S = T, by PyTorch's fused kernel: no (T, S) scores."""
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+# ------------------------------------------------------------------------- attention with a cache
 
 
 @dataclass
@@ -132,35 +113,6 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, layer: int
         shared = (cache.prefix.k[layer, 0, :, :P], cache.prefix.v[layer, 0, :, :P])
         y = prefix_attention(queries, keys, values, layout.mask, *shared)
     return y.reshape(q.shape)
-
-
-MANY_QUERIES = 64  # a row; at 32 both ways take the same time
-
-
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix_k: Tensor, prefix_v: Tensor
-) -> Tensor:
-    """q (B, K, Q, hd) over a shared prefix (K, P, hd) and, under the mask, own k, v (B, K, S, hd).
-
-    Same as attention_by_definition over prefix and own keys, without a copy of the prefix a row.
-    The scores on the prefix are ONE product a key head, (B*Q, hd) @ (hd, P), with the batch folded
-    into the queries. Row by row it would be B thin products that each read the P keys again, and
-    reading keys is what generation waits for. One softmax over both parts makes it plain attention.
-
-    Many queries go to a joined copy of the keys: PyTorch's fused kernel then holds no scores (2.6
-    times faster for a row of 370, 3.5 times for 16 of 128; P = 1,285, two CPU cores).
-    """
-    P = prefix_k.size(1)
-    if q.size(2) >= MANY_QUERIES:
-        keys = torch.cat((prefix_k.expand(k.size(0), -1, -1, -1), k), 2)
-        values = torch.cat((prefix_v.expand(v.size(0), -1, -1, -1), v), 2)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=F.pad(mask, (P, 0)))
-    q = q * q.size(-1) ** -0.5
-    on_prefix = torch.einsum("bkqd,kpd->bkqp", q, prefix_k)
-    on_own = q @ k.transpose(2, 3) + mask  # (B, K, Q, S)
-    weights = torch.cat((on_prefix, on_own), -1).softmax(-1)
-    from_prefix = torch.einsum("bkqp,kpd->bkqd", weights[..., :P], prefix_v)
-    return from_prefix + weights[..., P:] @ v
 
 
 # ------------------------------------------------------------------------------------------ model
@@ -203,10 +155,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_width, config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, config.qkv_bias)
-        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_width, config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.o_proj = Linear(q_width, config.hidden_size, bias=False)
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
         if config.qk_norm:
@@ -228,9 +180,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -294,7 +246,7 @@ class Llama(nn.Module):
         self.config = config
         self.checkpointing = False  # True: forget what is inside a block and compute it again
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -37,11 +37,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import loss
 from chat import Chat
+from linear import matmul
 from lora import adapter_off
 from loss import (
     BOOST,
@@ -179,13 +179,13 @@ class SlicedKL(torch.autograd.Function):
         boost = ctx.boost = BOOST.get(x.dtype, 1)
         rows = max(1, loss.SLICE[x.device.type] // (3 * len(W)))
         for part, seen in zip(x.split(rows), taught.split(rows), strict=True):
-            log_q = F.linear(part, W).float().log_softmax(-1)
-            log_p = F.linear(seen, U).float().log_softmax(-1)
+            log_q = matmul(part, W.T).float().log_softmax(-1)
+            log_p = matmul(seen, U.T).float().log_softmax(-1)
             p = log_p.exp()
             nats += log_p.sub_(log_q).mul_(p).sum()
             if ctx.needs_input_grad[0]:
                 error = log_q.exp_().sub_(p).mul_(boost).to(x.dtype)
-                gradient.append(error @ W)
+                gradient.append(matmul(error, W))
                 if ctx.dW is not None:
                     ctx.dW.addmm_(error.T, part)
         ctx.gradient = torch.cat(gradient) if gradient else None

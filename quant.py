@@ -48,6 +48,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linear import linear
+
 try:  # comes with PyTorch's CUDA builds
     import triton
     import triton.language as tl
@@ -262,7 +264,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dense is not None and self.dense.dtype == x.dtype:
-            return F.linear(x, self.dense, self.bias)
+            return linear(x, self.dense, self.bias)
         y = nf4_matmul(x, self.nf4)
         return y if self.bias is None else y + self.bias
 

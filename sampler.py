@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -32,7 +33,6 @@ from model import KVCache, Llama, prefill
 
 BURST = {"cpu": 1, "cuda": 16}  # tokens a row between two looks at what the device has written
 STRIDE = 256  # keys in sight are rounded up to this, so that one captured step serves many
-TOPS = 1024  # nearly always hold a nucleus; of 49,152 they take a tenth of the time of sorting
 PREFILL_TOKENS = 8192  # prompt tokens computed in one forward pass; bounds the activations
 PREFILL_SCORES = 1 << 24  # and what they attend to, tokens x keys; bounds the attention scores
 
@@ -65,42 +65,58 @@ def generate_by_definition(
     written: list[int] = []
     for u in draws:
         logits = model(torch.tensor([ids + written], device=draws.device))[:, -1]  # (1, V)
-        token = pick(logits, u[None], sampling.temperature, sampling.top_p).item()
+        token = pick_by_definition(logits, u[None], sampling.temperature, sampling.top_p).item()
         if token in stops:
             break
         written.append(token)
     return written
 
 
-def pick(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def pick_by_definition(
+    logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
+) -> torch.Tensor:
     """Choose a token of each row: logits (R, V), u (R,) uniform in [0, 1) -> ids (R,).
 
     The nucleus is the smallest set of most probable tokens (after temperature) whose mass reaches
-    top_p; u picks from it by the inverse of its cumulative distribution. Source: Holtzman et al.
-    2020, Eq. 2.
+    top_p; u picks from it by the inverse of its cumulative distribution. Temperature 0 takes the
+    likeliest. Source: Holtzman et al. 2020, Eq. 2.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = likeliest((logits.float() / temperature).softmax(-1), top_p)  # (R, K)
+    p = (logits.float() / temperature).softmax(-1)
+    p, order = p.sort(dim=-1, descending=True, stable=True)
     p = p * (p.cumsum(-1) - p < top_p)  # the mass before a token decides, so the first always stays
     mass = p.cumsum(-1)
     place = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
-    last = (p > 0).sum(-1, keepdim=True) - 1  # -1 where the logits are not numbers
-    place = place.minimum(last).clamp(min=0)
-    return order.gather(1, place)[:, 0]
+    last = (p > 0).sum(-1, keepdim=True) - 1
+    return order.gather(1, place.minimum(last))[:, 0]
 
 
-def likeliest(p: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """p (R, V) -> its K largest in falling order, and their tokens; the nucleus is among them.
+def pick(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Same as pick_by_definition, of finite logits; else some token, which nobody will read.
 
-    By definition all V are sorted. A CPU, for which that is most of a step, sorts the tops alone
-    where they hold the nucleus of every row; a GPU sorts fast and should not wait for an answer.
+    Probabilities are sorted without their tokens, for which NumPy takes a twentieth of the time:
+    the token is the one that has the probability picked. Of several that share it, and so stand
+    side by side in falling order, the picked place tells which.
     """
-    if p.device.type == "cpu" and p.size(-1) > TOPS:
-        tops, order = p.topk(TOPS)
-        if (tops.cumsum(-1)[:, -1] >= top_p).all():
-            return tops, order
-    return p.sort(-1, descending=True)
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)  # (R, V)
+    falling = sort_falling(p)
+    mass = falling.cumsum(-1)
+    nucleus = (mass - falling < top_p) & (falling > 0)
+    last = (nucleus.sum(-1, keepdim=True) - 1).clamp(min=0)
+    drawn = u[:, None] * mass.gather(1, last)
+    place = torch.searchsorted(mass, drawn, right=True).minimum(last)
+    picked = falling.gather(1, place)  # (R, 1)
+    alike = place - (falling > picked).sum(-1, keepdim=True)  # those before it in the vocabulary
+    return ((p == picked).cumsum(-1) <= alike).sum(-1).clamp(max=p.size(-1) - 1)
+
+
+def sort_falling(p: torch.Tensor) -> torch.Tensor:
+    if p.device.type == "cpu":
+        return torch.from_numpy(np.sort(p.numpy())).flip(-1)
+    return p.sort(-1, descending=True).values
 
 
 # ------------------------------------------------------------------------------------- speaking

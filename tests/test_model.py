@@ -6,6 +6,7 @@ logits; fixtures/make_model_fixtures.py made them.
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,13 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import model as model_module
+import attention
+from attention import Chunked, attention_by_definition, causal_attention
 from model import (
     Config,
     KVCache,
     Llama,
-    attention_by_definition,
     cached_attention,
-    causal_attention,
     default_dtype,
     load_model,
     rotate,
@@ -84,7 +84,7 @@ def random_model() -> Llama:
 @pytest.mark.parametrize("K", [2, 4], ids=["grouped", "ungrouped"])
 def test_fast_attention_is_its_definition(K, many, monkeypatch):
     """At once, in ragged parts through a cache, or behind a shared prefix: softmax(q k^T) v."""
-    monkeypatch.setattr(model_module, "MANY_QUERIES", many)
+    monkeypatch.setattr(attention, "MANY_QUERIES", many)
     model = Llama(Config.from_dict(SHAPE | {"num_key_value_heads": K})).double()
     texts = torch.randn(3, 4 + K + K, 12, 8, dtype=torch.float64)  # 3 texts of 12 tokens, hd = 8
     texts[:, :, :5] = texts[0, :, :5]  # which begin with the same 5
@@ -112,6 +112,28 @@ def test_fast_attention_is_its_definition(K, many, monkeypatch):
         cache = KVCache(model, 3, 12, prefix)
         for counts in ([3, 1, 2], [1, 1, 1], [2, 4, 0]):
             attend(cache, P, counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("K", [2, 6], ids=["grouped", "ungrouped"])
+@pytest.mark.parametrize("T", [1, 12, 50])
+def test_attention_in_chunks_and_its_gradients(T, K, dtype, monkeypatch):
+    """12 queries to a key head at a time; both are float32 inside, so the type tells the digits."""
+    monkeypatch.setattr(attention, "CHUNK", 12)
+    monkeypatch.setattr(attention, "onednn", nullcontext)  # which on some processors rounds
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(2, T, n, 8, generator=generator) for n in (6, K, K)]
+    dy = torch.randn(2, 6, T, 8, generator=generator)
+    found = []
+    for attend, kind in ((Chunked.apply, dtype), (attention_by_definition, torch.float64)):
+        own = [x.to(dtype, copy=True).to(kind).requires_grad_() for x in heads]
+        y = attend(*(x.transpose(1, 2) for x in own))
+        y.backward(dy.to(dtype).to(kind))
+        found.append([y, *(x.grad for x in own)])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, exact in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 # --------------------------------------------------------------------------------- the forward pass

@@ -1,0 +1,78 @@
+"""linear is F.linear to the last digits of float32, with its gradients, by whichever library."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import linear as module
+from linear import LEAST_PRODUCTS, Linear, linear, matmul, onednn, onednn_is_exact
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("rows", [(1,), (2, 3), (130,)])
+@pytest.mark.parametrize("K, N", [(16, 24), (600, 500)], ids=["small", "large"])
+def test_a_product_keeps_the_digits_of_float32(rows, K, N):
+    """On whatever processor this runs: rounded to bfloat16 the error would be 2e-3."""
+    x, W, b = draw(*rows, K), draw(N, K), draw(N)
+    exact = x.double() @ W.double().T
+    assert error(linear(x, W, b), exact + b) < 2e-6
+    assert error(matmul(x.view(-1, K), W.T), exact.view(-1, N)) < 2e-6
+
+
+@pytest.mark.parametrize("needs", ["x", "W", "xWb"])
+def test_gradients_are_those_of_F_linear(needs, monkeypatch):
+    """Also where this processor would not take the way by oneDNN."""
+    monkeypatch.setattr(module, "onednn_is_exact", lambda: True)
+    monkeypatch.setattr(module, "onednn", nullcontext)
+    x, W, b = draw(3, 50, 200), draw(90, 200), draw(90)
+    assert x.numel() * len(W) >= LEAST_PRODUCTS
+    found = []
+    for product in (linear, F.linear):
+        tensors = {"x": x.clone(), "W": W.clone(), "b": b.clone()}
+        for name in needs:
+            tensors[name].requires_grad_()
+        product(*tensors.values()).sin().sum().backward()
+        found.append([tensors[name].grad for name in needs])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_are_left_alone(dtype):
+    x, W = draw(200, 200).to(dtype), draw(200, 200).to(dtype)
+    assert torch.equal(linear(x, W), F.linear(x, W))
+    assert torch.equal(matmul(x, W), x @ W)
+
+
+def test_a_layer_loads_and_computes_like_nn_linear():
+    """Its parameters bear the same names."""
+    theirs = torch.nn.Linear(600, 500)
+    ours = Linear(600, 500)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(draw(4, 600)), theirs(draw(4, 600)), rtol=0, atol=1e-5)
+
+
+def test_the_setting_is_put_back():
+    """Also by what goes wrong inside."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with pytest.raises(RuntimeError), onednn():
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        draw(2, 3) @ draw(2, 3)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_what_rounds_is_found_out(monkeypatch):
+    """A processor that multiplies with 8 bits does not pass for exact."""
+    real = torch.Tensor.__matmul__
+    rounded = lambda a, b: real(a.bfloat16(), b.bfloat16()).float()  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not onednn_is_exact.__wrapped__()
