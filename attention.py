@@ -17,6 +17,7 @@ from torch import Tensor
 from linear import onednn, onednn_is_exact
 
 CHUNK = 192  # queries to a key head whose scores are held at a time
+LEAST = 1 << 18  # numbers of q from which chunks pay
 MANY_QUERIES = 64  # a row; at 32 both ways of prefix_attention take the same time
 
 
@@ -40,7 +41,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     By PyTorch's fused kernel, but in chunks on a CPU where oneDNN multiplies float32 faster.
     """
-    if q.device.type == "cpu" and q.dtype != torch.float64 and onednn_is_exact():
+    large = q.numel() >= LEAST and q.dtype != torch.float64
+    if large and q.device.type == "cpu" and onednn_is_exact():
         return Chunked.apply(q, k, v)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

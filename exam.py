@@ -38,6 +38,7 @@ from stats import interval, wilson
 Opening = Callable[[str], list[dict]]
 ITEM = re.compile(r"[ \t]*(?:[-*•]|\d+[.)])[ \t]+\S")  # how an item of a list begins
 FRAGILE = 5  # rules; an action hangs on the few that ask for it and for its form
+LOOKED_AT = 64  # samples; what they show tells of all, and the exam does not grow with the training
 EDIT = "what the edit of the prompt changed"
 
 # ----------------------------------------------------------------------------------------- rules
@@ -200,10 +201,11 @@ def examine(
     """A row a rule: its text and lines, its witnesses, and how many of them the adapter obeys.
 
     voice: its model has the adapter, which is switched off while it is the teacher. shown: records
-    that were trained on. limit: tokens of a turn. before: the run folder of another adapter, which
-    is examined too.
+    that were trained on; LOOKED_AT of them at most, evenly spaced, are looked at. limit: tokens of
+    a turn. before: the run folder of another adapter, which is examined too.
     """
     rules = rules_of(prompt, task)
+    shown = shown[:: -(-len(shown) // LOOKED_AT) or 1]
     records = held_out + shown
     with adapter_off(voice.model):
         found = steady([witnesses(voice, task, records, rule, limit) for rule in rules])

@@ -358,7 +358,7 @@ def command(argv: list[str] | None) -> None:
     """Talk to a run, show a record of one, or make one and report on it."""
     args = parse_flags(argv)
     if args.chat:
-        return talk(args.chat, args.device, args.model)
+        return talk(args.chat, args.device, args.model, args.dtype)
     try:
         if args.show:
             show_record(args)

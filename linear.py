@@ -1,4 +1,4 @@
-"""y = x W^T + b, the product to which most of the time goes, by the faster of two libraries.
+"""y = x W^T + b, the product to which most of the time goes, on a CPU in the faster way.
 
 PyTorch hands a float32 product on a CPU to Intel's MKL, which on an AMD processor uses half the
 width of its vector units. oneDNN, which multiplies PyTorch's bfloat16, uses all of it: products of
@@ -7,6 +7,9 @@ some size take 0.45 of the time (two cores of an EPYC with AVX-512, tests/BENCH.
 PyTorch asks oneDNN for a float32 product only if the factors may be rounded to bfloat16. Rounded
 they are where the processor has a unit for it (AMX), and nowhere else; so that is tried, once, and
 where digits are lost float32 stays with MKL.
+
+float16 is the fastest type for one row, but what multiplies it there takes as long for each of many
+rows; those are multiplied in float32.
 
 Letters: M rows, K inputs, N outputs.
 """
@@ -19,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HALF_ROWS = 4  # the most that are multiplied in float16
 # oneDNN pays from so many M K N, since a call costs it some 12 microseconds more; or of a weight
 # from so many K N, which is not in the cache and which it reads faster from memory, for any M
 LEAST_PRODUCTS = 1 << 21
-LEAST_WEIGHTS = 1 << 18
+LEAST_WEIGHTS = 1 << 19
 
 
 class Linear(nn.Linear):
@@ -34,6 +38,8 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """Same as F.linear: x (..., K), W (N, K), bias (N,) -> (..., N)."""
+    if x.dtype == torch.float16 and x.device.type == "cpu" and x.numel() > HALF_ROWS * x.size(-1):
+        return linear(x.float(), W.float(), None if bias is None else bias.float()).half()
     if not onednn_pays(x, W):
         return F.linear(x, W, bias)
     y = _Product.apply(x.reshape(-1, x.size(-1)), W).view(*x.shape[:-1], len(W))

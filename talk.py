@@ -5,6 +5,7 @@ A conversation is kept until /new or a change of who answers. Left out: saving i
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +22,14 @@ slash starts with two; one of several lines stands between two lines of three do
 QUOTES = '"""'
 
 
-def talk(folder: Path, device: str | None, model: str | None = None) -> None:
+def talk(folder: Path, device: str | None, model: str | None = None, dtype: str = "auto") -> None:
     """A conversation on the terminal with the adapter, the plain model, or the prompted one.
 
-    model: where the base of the run is now.
+    model: where the base of the run is now. dtype: to compute in another type than the run did.
     """
     run = runs.load_run(folder, device, model)
+    if dtype != "auto":
+        run = replace(run, dtype=dtype)
     model, chat = open_model(run)
     print(HELP)
     mode = "adapter"

@@ -250,6 +250,14 @@ def test_the_exam_by_hand(by_hand):
     assert [(row["obeyed"]["k"], row["obeyed"]["n"]) for row in rows] == [(2, 3), (0, 1), (0, 0)]
 
 
+def test_of_many_samples_some_are_looked_at(by_hand, monkeypatch):
+    """Of two samples one is enough for whom one is many; the held-out turns are all there."""
+    monkeypatch.setattr(exam, "LOOKED_AT", 1)
+    rows = sit(by_hand, "A\n\nB\n\nC")
+    assert [(row["shown_by"], row["looked_at"]) for row in rows] == [(1, 1), (0, 1), (0, 1)]
+    assert [row["obeyed"]["n"] for row in rows] == [3, 1, 0]
+
+
 def test_an_earlier_adapter_beside_the_new_one(by_hand, tmp_path):
     """It knew B and not A, so two turns of A are gained. Its prompt had no A, so that all turns are
     what the edit changed; had it been the same, there would be no such row.

@@ -53,6 +53,17 @@ def test_other_types_are_left_alone(dtype):
     assert torch.equal(matmul(x, W), x @ W)
 
 
+def test_many_rows_of_float16_are_multiplied_in_float32(monkeypatch):
+    """They are rounded once, as one row's sum is, and have the gradient of the product."""
+    x, W, b = draw(9, 700).half(), draw(40, 700).half(), draw(40).half()
+    exact = x.double() @ W.double().T + b
+    assert error(linear(x[:1], W, b), exact[:1]) < 5e-4
+    y = linear(x.requires_grad_(), W, b)
+    assert y.dtype == torch.float16 and error(y, exact) < 5e-4
+    y.sum().backward()
+    assert error(x.grad, W.double().sum(0).expand(9, -1)) < 1e-3
+
+
 def test_a_layer_loads_and_computes_like_nn_linear():
     """Its parameters bear the same names."""
     theirs = torch.nn.Linear(600, 500)
