@@ -12,6 +12,7 @@ import full
 import runs
 from files import read_json
 from flags import SHARE, WHOLE, Flags, device_flag, generator_flag, number, utf8
+from linear import has_amx
 from model import default_dtype
 from objectives import LAMS, check_flags
 from prompt import TASKS
@@ -60,7 +61,8 @@ def build_parser() -> Flags:
         "the writer of inputs and reasons; None: --model")
     add("--bits", type=int, choices=(4, 16), default=4, help="4: NF4 (QLoRA); 16: not quantised")
     add("--dtype", choices=("auto", *runs.DTYPES), default="auto", help="of weights and "
-        "activations; auto: as the run was begun, or else float32 on a CPU, bfloat16 on CUDA")
+        "activations; auto: as the run was begun, or else bfloat16 on CUDA and on a CPU that has a "
+        "unit for it (AMX), float32 on others")
     add("--device", type=device_flag, choices=("cpu", "cuda"), help="None: cuda if there is one")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of everything that is drawn")
     add = parser.add_argument_group(
@@ -163,6 +165,8 @@ def settled_dtype(args) -> str:
     if args.dtype != "auto":
         return args.dtype
     if not path.exists():
+        if args.device == "cpu":
+            return "bfloat16" if has_amx() else "float32"
         return str(default_dtype(torch.device(args.device))).removeprefix("torch.")
     begun = read_json(path, runs.ELSEWHERE, {"dtype": str}, runs.LATER)["dtype"]
     if begun not in runs.DTYPES:

@@ -1,4 +1,4 @@
-"""Attention: what it is, and three ways to compute it that hold less or read less.
+"""Attention: what it is, and ways to compute it that hold less or read less.
 
     attention(q, k, v) = softmax(q k^T / sqrt(hd) + causal mask) v
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear import onednn, onednn_is_exact
+from linear import onednn, onednn_is_faster
 
 CHUNK = 192  # queries to a key head whose scores are held at a time
 LEAST = 1 << 18  # numbers of q from which chunks pay
@@ -42,7 +42,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     By PyTorch's fused kernel, but in chunks on a CPU where oneDNN multiplies float32 faster.
     """
     large = q.numel() >= LEAST and q.dtype != torch.float64
-    if large and q.device.type == "cpu" and onednn_is_exact():
+    if large and q.device.type == "cpu" and onednn_is_faster():
         return Chunked.apply(q, k, v)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

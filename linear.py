@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 HALF_ROWS = 4  # the most that are multiplied in float16
-# oneDNN pays from so many M K N, since a call costs it some 12 microseconds more; or of a weight
-# from so many K N, which is not in the cache and which it reads faster from memory, for any M
-LEAST_PRODUCTS = 1 << 21
+# oneDNN pays from so many M K N, since a call costs it some 12 microseconds more, and a new M its
+# compilation; or of a weight from so many K N, which it reads faster from memory, for any M
+LEAST_PRODUCTS = 1 << 23
 LEAST_WEIGHTS = 1 << 19
 
 
@@ -71,16 +72,27 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def onednn_pays(x: Tensor, W: Tensor) -> bool:
     """Is x W^T a product that oneDNN does faster than MKL, and as exactly?"""
-    large = x.numel() * len(W) >= LEAST_PRODUCTS or W.numel() >= LEAST_WEIGHTS
-    return large and x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_exact()
+    large = x.numel() * W.size(0) >= LEAST_PRODUCTS or W.numel() >= LEAST_WEIGHTS
+    return large and x.dtype == torch.float32 and x.device.type == "cpu" and onednn_is_faster()
+
+
+def onednn_is_faster() -> bool:
+    """Is it worth asking oneDNN on this processor? Without AVX-512 PyTorch does not."""
+    return AVX512 and not onednn_rounds()
+
+
+def has_amx() -> bool:
+    """Has this processor a unit that multiplies bfloat16?"""
+    return AVX512 and onednn_rounds()
 
 
 @cache
-def onednn_is_exact() -> bool:
-    """Does oneDNN keep the digits of float32 here that bfloat16 has not?"""
-    x = torch.full((64, 64), 1 + 2**-10)  # rounded to bfloat16 it is 1
+def onednn_rounds() -> bool:
+    """Does oneDNN, where it may, lose the digits of float32 that bfloat16 has not?"""
+    W = torch.full((512, 512), 1 + 2**-10)  # rounded to bfloat16 it is 1
+    exact = 512 * W[0, 0] ** 2
     with onednn():
-        return torch.allclose(x @ x, 64 * x * x, rtol=1e-6)
+        return not all(torch.allclose(W[:rows] @ W, exact, rtol=1e-5) for rows in (1, 64, 512))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import arguments
 import genpi
 import runs
 import synth
@@ -83,6 +84,14 @@ def test_a_run_goes_on_in_its_own_type(go, monkeypatch):
     assert model.lm_head.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("amx, dtype", [(False, "float32"), (True, "bfloat16")])
+def test_auto_asks_the_processor(go, amx, dtype, monkeypatch):
+    """bfloat16 where a unit for it multiplies; --dtype float32 still has its way there."""
+    monkeypatch.setattr(arguments, "has_amx", lambda: amx)
+    assert begun(go("auto")[1]) == dtype
+    assert begun(go("said", "--dtype", "float32")[1]) == "float32"
+
+
 def test_a_contradiction_is_one_line(go, capsys):
     """A run begun in one type refuses another, and says which is which."""
     _, folder = go("run", "--dtype", "bfloat16")
@@ -96,8 +105,7 @@ def test_a_contradiction_is_one_line(go, capsys):
 
 def test_a_folder_of_an_earlier_version_is_float32(go, tmp_path):
     """A folder whose flags know no type goes on in float32, to the same bytes."""
-    _, folder = go("run")
-    assert begun(folder) == "float32"
+    _, folder = go("run", "--dtype", "float32")
     before = adapter(folder)
     args = json.loads((folder / "args.json").read_text())
     del args["dtype"]

@@ -126,6 +126,7 @@ def run(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
     (folder / "p.txt").write_text(PROMPT)
     flags = ["--model", checkpoint, "--prompt", folder / "p.txt", "--out", folder / "run"]
+    flags += ["--dtype", "float32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(genpi, "report", lambda *args, **named: None)
         patch.setattr(synth, "more_inputs", lambda *_: ["One.", "Two.", "Three."])
