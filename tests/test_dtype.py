@@ -11,6 +11,7 @@ import arguments
 import genpi
 import runs
 import synth
+import talk
 import train
 from lora import add_lora
 from loss import Sequence
@@ -90,6 +91,17 @@ def test_auto_asks_the_processor(go, amx, dtype, monkeypatch):
     monkeypatch.setattr(arguments, "has_amx", lambda: amx)
     assert begun(go("auto")[1]) == dtype
     assert begun(go("said", "--dtype", "float32")[1]) == "float32"
+
+
+@pytest.mark.parametrize("flags, dtype", [([], "bfloat16"), (["--dtype", "float16"], "float16")])
+def test_a_talk_may_be_in_another_type(go, flags, dtype, monkeypatch):
+    """Without the flag it is in the run's own."""
+    _, folder = go("run", "--dtype", "bfloat16")
+    opened = []
+    monkeypatch.setattr(talk, "open_model", lambda run: opened.append(run.dtype) or (None, None))
+    monkeypatch.setattr(talk, "read_message", lambda ask: "/quit")
+    assert genpi.main(["--chat", str(folder), *flags]) == 0
+    assert opened == [dtype] and begun(folder) == "bfloat16"
 
 
 def test_a_contradiction_is_one_line(go, capsys):
