@@ -165,8 +165,8 @@ def settled_dtype(args) -> str:
     if args.dtype != "auto":
         return args.dtype
     if not path.exists():
-        if args.device == "cpu":
-            return "bfloat16" if has_amx() else "float32"
+        if args.device == "cpu" and has_amx():
+            return "bfloat16"
         return str(default_dtype(torch.device(args.device))).removeprefix("torch.")
     begun = read_json(path, runs.ELSEWHERE, {"dtype": str}, runs.LATER)["dtype"]
     if begun not in runs.DTYPES:

@@ -57,14 +57,16 @@ class Chunked(torch.autograd.Function):
         dv = p^T dy        ds = p * (dy v^T - sum_hd(dy * y))        dq = ds k / sqrt(hd)
                                                                      dk = ds^T q / sqrt(hd)
 
-    Two cores with AVX-512 take 0.5 to 0.6 of the fused kernel's time (tests/BENCH.md). Inside,
-    N = B K, and the G heads of one key head are G times as many queries to the same keys.
+    With 3 query heads to a key head two cores with AVX-512 take 0.5 to 0.6 of the fused kernel's
+    time, with one nearly all of it (float32, tests/BENCH.md). Inside, N = B K, and the G heads of
+    one key head are G times as many queries to the same keys.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, K, T, hd = k.shape
-        ctx.shape, ctx.dtype = q.shape, q.dtype
+        ctx.shape = q.shape
+        ctx.dtype = q.dtype
         q = (q.float() * hd**-0.5).reshape(B * K, -1, T, hd)  # (N, G, T, hd)
         k = k.float().reshape(B * K, T, hd)
         v = v.float().reshape(B * K, T, hd)
@@ -89,9 +91,9 @@ class Chunked(torch.autograd.Function):
             for now in chunks(q):
                 seen = slice(0, now.stop)
                 p = chunk_weights(q, k, now)
-                own = dy[:, :, now].flatten(1, 2)
+                own = dy[:, :, now].flatten(1, 2)  # (N, G c, hd)
                 dv[:, seen].baddbmm_(p.transpose(1, 2), own)
-                ds = own @ v[:, seen].transpose(1, 2)
+                ds = own @ v[:, seen].transpose(1, 2)  # (N, G c, S)
                 ds.sub_(sums[:, :, now].flatten(1, 2)).mul_(p)
                 dq[:, :, now] = (ds @ k[:, seen]).view_as(dq[:, :, now])
                 dk[:, seen].baddbmm_(ds.transpose(1, 2), q[:, :, now].flatten(1, 2))

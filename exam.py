@@ -21,6 +21,7 @@ witnesses); what a rule changes in the words of a turn but not in its action; wh
 acts otherwise for the rule's sake, or since a weak model stumbles over any change of its prompt.
 """
 
+import math
 import re
 import statistics
 from collections import Counter
@@ -205,7 +206,8 @@ def examine(
     a turn. before: the run folder of another adapter, which is examined too.
     """
     rules = rules_of(prompt, task)
-    shown = shown[:: -(-len(shown) // LOOKED_AT) or 1]
+    every = max(1, math.ceil(len(shown) / LOOKED_AT))
+    shown = shown[::every]
     records = held_out + shown
     with adapter_off(voice.model):
         found = steady([witnesses(voice, task, records, rule, limit) for rule in rules])
