@@ -92,6 +92,8 @@ def exit_code(work: Callable, *args) -> int:
             sys.stdout.flush()  # where a closed pipe is known, and not as Python ends
         return 0
     except KeyboardInterrupt:
+        # a progress bar that is half built fails as Python ends, which tells the user nothing
+        sys.unraisablehook = lambda unraisable: None
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `head` or `less` has seen enough, and Python would flush once more

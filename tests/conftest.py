@@ -6,6 +6,7 @@ It says nonsense, so a test that needs pseudo inputs writes inputs.json itself.
 import json
 import os
 import signal
+import sys
 
 os.environ["TRITON_INTERPRET"] = "1"  # before quant makes its kernels: they run on the CPU here
 
@@ -32,6 +33,12 @@ SHAPE = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
+
+
+@pytest.fixture(autouse=True)
+def hook(monkeypatch):
+    """An interrupt changes what Python does with an error as it ends; each test has its own."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
 
 @pytest.fixture(scope="session")

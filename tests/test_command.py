@@ -121,6 +121,22 @@ def test_interrupt_ends_in_one_line(tmp_path):
     assert "Traceback" not in errors
 
 
+def test_interrupt_while_a_progress_bar_is_built(tmp_path):
+    """Such a bar lacks what its __del__ reads; still one line, and no traceback of Python's own."""
+    program = """
+import sys, tqdm.std
+def interrupted(*_): raise KeyboardInterrupt
+tqdm.std.tqdm._get_free_pos = interrupted
+import genpi
+sys.exit(genpi.main(sys.argv[1:]))
+"""
+    argv = [sys.executable, "-c", program, *FLAGS, "--out", str(tmp_path / "os")]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130
+    assert "interrupted; the same command goes on from here" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_plain_prompt_of_another_kind_runs_through(tmp_path):
     """A prompt without markers and with no task is taken as a system message; the stand-in says
     that it is one.
