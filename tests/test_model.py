@@ -136,6 +136,20 @@ def test_attention_in_chunks_and_its_gradients(T, K, dtype, monkeypatch):
         torch.testing.assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    "T, faster, cut", [(50, True, True), (49, True, False), (50, False, False)]
+)
+def test_only_many_queries_go_in_chunks_and_only_where_that_pays(T, faster, cut, monkeypatch):
+    """Either way it is the definition; what will compute the gradient tells which it was."""
+    monkeypatch.setattr(attention, "LEAST", 2 * 6 * 50 * 8)
+    monkeypatch.setattr(attention, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(attention, "onednn", nullcontext)
+    q, k, v = (torch.randn(2, n, T, 8).requires_grad_() for n in (6, 2, 2))
+    y = causal_attention(q, k, v)
+    assert ("Chunked" in y.grad_fn.name()) == cut
+    torch.testing.assert_close(y, attention_by_definition(q, k, v), rtol=1e-5, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------- the forward pass
 
 
