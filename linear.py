@@ -1,15 +1,17 @@
 """y = x W^T + b, the product to which most of the time goes, on a CPU in the faster way.
 
-PyTorch hands a float32 product on a CPU to Intel's MKL, which on an AMD processor uses half the
-width of its vector units. oneDNN, which multiplies PyTorch's bfloat16, uses all of it: products of
-some size take 0.45 of the time (two cores of an EPYC with AVX-512, tests/BENCH.md).
+Many rows: PyTorch hands a float32 product on a CPU to Intel's MKL, which on an AMD processor uses
+half the width of its vector units. oneDNN, which multiplies PyTorch's bfloat16, uses all of it:
+products of some size take 0.45 of the time. PyTorch asks it for a float32 product only if the
+factors may be rounded to bfloat16. Rounded they are where the processor has a unit for it (AMX),
+and nowhere else; so that is tried, once, and where digits are lost float32 stays with MKL.
 
-PyTorch asks oneDNN for a float32 product only if the factors may be rounded to bfloat16. Rounded
-they are where the processor has a unit for it (AMX), and nowhere else; so that is tried, once, and
-where digits are lost float32 stays with MKL.
+One row: it takes as long as W takes to come from memory. MKL reads W with one thread, so float32
+goes to it in parts; oneDNN reads bfloat16 at half the speed of PyTorch's own kernel. 0.4 and 0.55
+of the time (all measured on two cores of an EPYC with AVX-512, tests/BENCH.md).
 
-float16 is the fastest type for one row, but what multiplies it there takes as long for each of many
-rows; those are multiplied in float32.
+float16: PyTorch's own kernel again, which takes as long for each of many rows; those are multiplied
+in float32.
 
 Letters: M rows, K inputs, N outputs.
 """
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 HALF_ROWS = 4  # the most that are multiplied in float16
+PARTS = 16  # of W for one row: so many threads can have work; it divides every usual N
+LEAST_PARTED = 1 << 16  # numbers of W; one so small is in the cache, where the parts gain nothing
 # oneDNN pays from so many M K N, since a call costs it some 12 microseconds more, and a new M its
 # compilation; or of a weight from so many K N, which it reads faster from memory, for any M
 LEAST_PRODUCTS = 1 << 23
@@ -39,12 +43,37 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """Same as F.linear: x (..., K), W (N, K), bias (N,) -> (..., N)."""
-    if x.dtype == torch.float16 and x.device.type == "cpu" and x.numel() > HALF_ROWS * x.size(-1):
-        return linear(x.float(), W.float(), None if bias is None else bias.float()).half()
-    if not onednn_pays(x, W):
+    M = x.numel() // W.size(1)
+    if x.device.type != "cpu":
         return F.linear(x, W, bias)
-    y = _Product.apply(x.reshape(-1, x.size(-1)), W).view(*x.shape[:-1], len(W))
+    if x.dtype == torch.float16 and M > HALF_ROWS:
+        return linear(x.float(), W.float(), None if bias is None else bias.float()).half()
+    if M == 1:
+        y = one_row(x, W)
+    elif onednn_pays(x, W):
+        y = _Product.apply(x.reshape(M, -1), W).view(*x.shape[:-1], len(W))
+    else:
+        return F.linear(x, W, bias)
     return y if bias is None else y + bias
+
+
+def one_row(x: Tensor, W: Tensor) -> Tensor:
+    """x W^T of a single row x (..., K), in the time that it takes to read W."""
+    if x.dtype == torch.float32 and W.numel() >= LEAST_PARTED and len(W) % PARTS == 0:
+        column = x.reshape(1, -1).T  # (K, 1); x.reshape(-1, 1) takes MKL four times as long
+        y = torch.bmm(W.unflatten(0, (PARTS, -1)), column.expand(PARTS, -1, -1))
+        return y.view(*x.shape[:-1], len(W))
+    if x.dtype == torch.bfloat16:
+        with no_onednn():
+            return F.linear(x, W)
+    return F.linear(x, W)
+
+
+def add_linear_(y: Tensor, x: Tensor, W: Tensor) -> Tensor:
+    """y += x W^T in place -> y, for x (M, K) and W (N, K) of a type, y (M, N) of any."""
+    if x.dtype != y.dtype or (x.dtype == torch.float16 and x.device.type == "cpu"):
+        return y.add_(linear(x, W))
+    return y.addmm_(x, W.T)
 
 
 class _Product(torch.autograd.Function):
@@ -64,6 +93,8 @@ class _Product(torch.autograd.Function):
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Same as a @ b for matrices (M, K) and (K, N), without a gradient."""
+    if a.dtype == torch.float16 and a.device.type == "cpu" and len(a) > HALF_ROWS:
+        return matmul(a.float(), b.float()).half()
     if not onednn_pays(a, b.T):
         return a @ b
     with onednn():
@@ -105,3 +136,15 @@ def onednn() -> Iterator[None]:
         yield
     finally:
         setting.fp32_precision = before
+
+
+@contextmanager
+def no_onednn() -> Iterator[None]:
+    """Inside a `with` block PyTorch multiplies on a CPU by itself or by MKL."""
+    setting = torch.backends.mkldnn
+    before = setting.enabled
+    setting.enabled = False
+    try:
+        yield
+    finally:
+        setting.enabled = before

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from files import read_json, replacing, write_json
 from full import base_back
-from linear import Linear, linear
+from linear import Linear, add_linear_, linear
 from quant import NF4Linear, dequantize_nf4
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -88,8 +88,10 @@ class LoRALinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         kept, share = drop(rows, self.dropout) if self.training else (rows, 1.0)
         scale = self.alpha / self.rank / share
-        low = linear(kept, self.lora_A.to(x.dtype)) * scale  # (rows, R)
-        y = self.base(rows).addmm_(low, self.lora_B.T.to(x.dtype))
+        # what is cast is the lesser: a single row of x, or A and B
+        dtype = self.lora_A.dtype if len(rows) == 1 else x.dtype
+        low = linear(kept.to(dtype), self.lora_A.to(dtype)) * scale  # (rows, R)
+        y = add_linear_(self.base(rows), low, self.lora_B.to(dtype))
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -207,7 +207,7 @@ def _multiply(x: Tensor, q: NF4Weight) -> Tensor:
         return _multiply_codes(x, q)
     if whole and x.device.type == "cpu" and n_out * k > TILE:
         return _multiply_tiles(x, q)
-    return F.linear(x, dequantize_nf4(q, x.dtype))
+    return linear(x, dequantize_nf4(q, x.dtype))
 
 
 def _multiply_tiles(x: Tensor, q: NF4Weight) -> Tensor:
@@ -220,7 +220,7 @@ def _multiply_tiles(x: Tensor, q: NF4Weight) -> Tensor:
     packed = q.packed.view(n_out, -1).split(TILE // k)  # K / 2 bytes a row
     scale = _decode_scales(q).view(n_out, -1).split(TILE // k)  # K / 64 scales a row
     tiles = (_decode(p, s.reshape(-1)).view(-1, k) for p, s in zip(packed, scale, strict=True))
-    return torch.cat([F.linear(x, w.to(x.dtype)) for w in tiles], dim=-1)
+    return torch.cat([linear(x, w.to(x.dtype)) for w in tiles], dim=-1)
 
 
 class _NF4Matmul(torch.autograd.Function):

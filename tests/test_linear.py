@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 
 import linear as module
-from linear import LEAST_PRODUCTS, Linear, linear, matmul, onednn, onednn_rounds
+from linear import (
+    LEAST_PARTED,
+    LEAST_PRODUCTS,
+    Linear,
+    add_linear_,
+    linear,
+    matmul,
+    no_onednn,
+    onednn,
+    onednn_rounds,
+)  # fmt: skip
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -26,6 +36,43 @@ def test_a_product_keeps_the_digits_of_float32(rows, K, N):
     exact = x.double() @ W.double().T
     assert error(linear(x, W, b), exact + b) < 2e-6
     assert error(matmul(x.view(-1, K), W.T), exact.view(-1, N)) < 2e-6
+
+
+@pytest.mark.parametrize("N", [496, 500], ids=["in_parts", "whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(600,), (1, 1, 600)])
+def test_one_row_of_a_large_weight_and_its_gradients(shape, dtype, N):
+    """N is a multiple of PARTS or not; both factors and the bias are given their gradients."""
+    assert N * 600 >= LEAST_PARTED
+    x, W, b = draw(*shape).to(dtype), draw(N, 600).to(dtype), draw(N).to(dtype)
+    x, W, b = (t.requires_grad_() for t in (x, W, b))
+    exact = x.double() @ W.double().T + b
+    y = linear(x, W, b)
+    assert y.shape == exact.shape and y.dtype == dtype
+    digits = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[dtype]
+    assert error(y, exact) < digits
+    dy = draw(1, N).to(dtype).view_as(y)
+    ours = torch.autograd.grad(y, (x, W, b), dy)
+    for found, wanted in zip(ours, torch.autograd.grad(exact, (x, W, b), dy.double()), strict=True):
+        assert error(found, wanted.double()) < digits
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_a_product_is_added_in_place(rows, base):
+    """In the type of y, or one in float32 to whatever y is, with the gradients of both."""
+    for dtype in {base, torch.float32}:
+        y, x, W = draw(rows, 40).to(base), draw(rows, 16).to(dtype), draw(40, 16).to(dtype)
+        y, x = y.requires_grad_(), x.requires_grad_()
+        exact = y.double() + x.double() @ W.double().T
+        place = y.clone()
+        found = add_linear_(place, x, W)
+        assert found.data_ptr() == place.data_ptr() and found.dtype == base
+        digits = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[base]
+        assert error(found, exact) < digits
+        found.sum().backward()
+        assert torch.equal(y.grad, torch.ones_like(y))
+        assert error(x.grad, W.double().sum(0).expand(rows, -1)) < digits
 
 
 @pytest.mark.parametrize("needs", ["x", "W", "xWb"])
@@ -63,6 +110,7 @@ def test_many_rows_of_float16_are_multiplied_in_float32():
     assert error(y, exact) < 5e-4
     y.sum().backward()
     assert error(x.grad, W.double().sum(0).expand(9, -1)) < 1e-3
+    assert torch.equal(matmul(x.detach(), W.T), (x.float() @ W.float().T).half())
 
 
 def test_a_layer_loads_and_computes_like_nn_linear():
@@ -73,13 +121,17 @@ def test_a_layer_loads_and_computes_like_nn_linear():
     torch.testing.assert_close(ours(draw(4, 600)), theirs(draw(4, 600)), rtol=0, atol=1e-5)
 
 
-def test_the_setting_is_put_back():
+def test_the_settings_are_put_back():
     """Also by what goes wrong inside."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     with pytest.raises(RuntimeError), onednn():
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
         draw(2, 3) @ draw(2, 3)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with pytest.raises(RuntimeError), no_onednn():
+        assert not torch.backends.mkldnn.enabled
+        draw(2, 3) @ draw(2, 3)
+    assert torch.backends.mkldnn.enabled
 
 
 def test_what_rounds_is_found_out(monkeypatch):
