@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench
+import bench_work
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +18,7 @@ def test_a_figure_is_measured(figure, tmp_path):
     """A worker of its smallest case, on the embedded model's shape, finds a time and a peak."""
     settings = bench.races(figure, cuda=False, config="tiny")[-1]
     settings |= {"device": "cpu", "threads": 1, "dtype": "bfloat16", "new": 2, "times": 1}
-    settings["folder"] = str(bench.checkpoint_of(settings, tmp_path))
+    settings["folder"] = str(bench_work.checkpoint_of(settings, tmp_path))
     for who in settings.get("sides", ["ours"]):
         found = bench.measure(settings | {"who": who})
         assert len(found) == 2 and all(value > 0 for value in found.values())
@@ -26,11 +27,11 @@ def test_a_figure_is_measured(figure, tmp_path):
 def test_padding_is_counted(monkeypatch):
     """Two records of 30 and 10 tokens in one micro-batch of 60: 1.5 computed for each real one."""
 
-    monkeypatch.setattr(bench, "read_records", lambda *_, mend: [row(30), row(10)] * 16)
-    monkeypatch.setattr(bench, "sft_sequence", lambda chat, r: [0] * r.n)
-    monkeypatch.setattr(bench, "pg_sequence", lambda chat, p, r: [0] * 20)
-    monkeypatch.setattr(bench, "sample_order", lambda n, *_: list(range(n)))
-    found = bench.packing(SimpleNamespace(run=None))
+    monkeypatch.setattr(bench_work, "read_records", lambda *_, mend: [row(30), row(10)] * 16)
+    monkeypatch.setattr(bench_work, "sft_sequence", lambda chat, r: [0] * r.n)
+    monkeypatch.setattr(bench_work, "pg_sequence", lambda chat, p, r: [0] * 20)
+    monkeypatch.setattr(bench_work, "sample_order", lambda n, *_: list(range(n)))
+    found = bench_work.packing(SimpleNamespace(run=None))
     # in 32 samples, all of L_PG: 16 * (30 + 10) + 32 * 20 real ones, 32 * (30 + 20) computed
     expected = 32 * (30 + 20) / (16 * 40 + 32 * 20)
     assert found["paper_computed_for_a_real_token"] == pytest.approx(expected)
