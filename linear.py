@@ -19,6 +19,7 @@ Letters: M rows, K inputs, N outputs.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """Same as F.linear: x (..., K), W (N, K), bias (N,) -> (..., N)."""
-    M = x.numel() // W.size(1)
+    M = prod(x.shape[:-1])
     if x.device.type != "cpu":
         return F.linear(x, W, bias)
     if x.dtype == torch.float16 and M > HALF_ROWS:
@@ -51,7 +52,7 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     if M == 1:
         y = one_row(x, W)
     elif onednn_pays(x, W):
-        y = _Product.apply(x.reshape(M, -1), W).view(*x.shape[:-1], len(W))
+        y = _Product.apply(x.reshape(M, x.size(-1)), W).view(*x.shape[:-1], len(W))
     else:
         return F.linear(x, W, bias)
     return y if bias is None else y + bias

@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linear import linear
+from linear import linear, matmul
 
 try:  # comes with PyTorch's CUDA builds
     import triton
@@ -199,15 +199,17 @@ def dequantize_nf4(q: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _multiply(x: Tensor, q: NF4Weight) -> Tensor:
-    """Same as nf4_matmul_by_definition, without its gradient, by the best way for x and q."""
+    """Same as nf4_matmul_by_definition of rows x (M, K), without its gradient, by the best way.
+
+    Never a view, for what a Function returns as one cannot be changed in place, as LoRA does.
+    """
     n_out, k = q.shape
-    rows = prod(x.shape[:-1])
     whole = k % BLOCK == 0  # no block reaches from one row of W into the next
-    if whole and _has_kernels(x.device) and 0 < rows <= MAX_ROWS.get(x.dtype, 0):
+    if whole and _has_kernels(x.device) and 0 < len(x) <= MAX_ROWS.get(x.dtype, 0):
         return _multiply_codes(x, q)
     if whole and x.device.type == "cpu" and n_out * k > TILE:
         return _multiply_tiles(x, q)
-    return linear(x, dequantize_nf4(q, x.dtype))
+    return matmul(x, dequantize_nf4(q, x.dtype).T)
 
 
 def _multiply_tiles(x: Tensor, q: NF4Weight) -> Tensor:
@@ -233,12 +235,13 @@ class _NF4Matmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ dequantize_nf4(ctx.q, dy.dtype), None
+        return matmul(dy, dequantize_nf4(ctx.q, dy.dtype)), None
 
 
 def nf4_matmul(x: Tensor, q: NF4Weight) -> Tensor:
     """Multiply x (..., K) by the transpose of a quantised W (N, K) -> (..., N), in x's dtype."""
-    return _NF4Matmul.apply(x, q)
+    rows = x.reshape(prod(x.shape[:-1]), x.size(-1))
+    return _NF4Matmul.apply(rows, q).view(*x.shape[:-1], q.shape[0])
 
 
 class NF4Linear(nn.Module):
@@ -324,16 +327,17 @@ def _unpack(q: NF4Weight, dtype: torch.dtype) -> Tensor:
 def _multiply_codes(x: Tensor, q: NF4Weight) -> Tensor:
     """Same as nf4_matmul_by_definition for 1 to 64 rows and K a multiple of 64, without W."""
     n_out, k = q.shape
-    rows = x.reshape(-1, k).contiguous()
+    x = x.contiguous()
     tiles = triton.cdiv(n_out, OUTPUTS)
     cuts = max(1, PROGRAMS // tiles)  # of K
     per_part = max(PART_BLOCKS, triton.cdiv(k // BLOCK, cuts))
     parts = triton.cdiv(k // BLOCK, per_part)
-    y = x.new_empty(parts, len(rows), n_out, dtype=x.dtype if parts == 1 else torch.float32)
-    padded = max(16, triton.next_power_of_2(len(rows)))  # tensor cores take 16 rows at a time
-    sizes = (len(rows), n_out, k, padded, per_part)
-    _multiply_kernel[tiles, parts](_pointers(q), rows, y, *sizes, num_warps=1)
-    return (y[0] if parts == 1 else y.sum(dim=0).to(x.dtype)).view(*x.shape[:-1], n_out)
+    whole = (len(x), n_out)
+    y = x.new_empty(*whole) if parts == 1 else x.new_empty(parts, *whole, dtype=torch.float32)
+    padded = max(16, triton.next_power_of_2(len(x)))  # tensor cores take 16 rows at a time
+    sizes = (len(x), n_out, k, padded, per_part)
+    _multiply_kernel[tiles, parts](_pointers(q), x, y, *sizes, num_warps=1)
+    return y if parts == 1 else y.sum(dim=0).to(x.dtype)
 
 
 # Every program below is one warp: then tl.gather, which looks 16 levels up, is one shuffle between

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import quant
-from quant import dequantize_by_definition, nf4_matmul, quantize_nf4
+from lora import LoRALinear
+from quant import NF4Linear, dequantize_by_definition, nf4_matmul, quantize_nf4
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -153,6 +154,19 @@ def test_value_and_gradient_for_any_leading_dimensions(cuda, shape):
     (dx,) = torch.autograd.grad(y, x, dy)
     expected = x.double() @ w.T, dy.double() @ w
     torch.testing.assert_close((y.double(), dx.double()), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 40, 80])
+def test_an_adapter_adds_to_what_the_kernels_give(cuda, rows):
+    """In place, which autograd allows of no view that a Function returns."""
+    layer = LoRALinear(NF4Linear(quantize_nf4(torch.randn(37, 64))), 4, 6, 0.0)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, rows, 64, requires_grad=True)[1:]
+    y, expected = layer(x), layer.by_definition(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    inputs = (x, layer.lora_A, layer.lora_B)
+    ours, exact = (torch.autograd.grad(out.sin().sum(), inputs) for out in (y, expected))
+    torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_no_kernels_without_cuda_or_triton(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import linear as products
+import quant
 from lora import (
     TARGETS,
     LoRALinear,
@@ -89,6 +92,26 @@ def test_forward_is_the_definition(base):
     inputs = (x, layer.lora_A, layer.lora_B)
     gradients, wanted = (torch.autograd.grad(out, inputs, dy) for out in (y, expected))
     torch.testing.assert_close(gradients, wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 60])
+@pytest.mark.parametrize("tile", [1 << 18, quant.TILE], ids=["tiles", "whole"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_definition_of_large_weights_that_stay_packed(dtype, tile, rows, monkeypatch):
+    """Where oneDNN would multiply as well: what NF4 gives is no view, and is added to in place."""
+    monkeypatch.setattr(quant, "TILE", tile)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn", nullcontext)
+    layer = LoRALinear(NF4Linear(quantize_nf4(torch.randn(1024, 640) / 25)), 4, 6, 0.0)
+    nn.init.normal_(layer.lora_B, std=0.2)
+    x, dy = torch.randn(rows, 640, dtype=dtype, requires_grad=True), torch.randn(rows, 1024)
+    y, expected = layer(x), layer.by_definition(x)
+    digits = 1e-5 if dtype == torch.float32 else 3e-2
+    assert (y - expected).norm() < digits * expected.norm()
+    inputs = (x, layer.lora_A, layer.lora_B)
+    ours, exact = (torch.autograd.grad(out, inputs, dy.to(dtype)) for out in (y, expected))
+    for found, wanted in zip(ours, exact, strict=True):
+        assert (found.float() - wanted.float()).norm() < digits * wanted.float().norm()
 
 
 @pytest.mark.parametrize("base", ["plain", "NF4"])
