@@ -13,6 +13,7 @@ P tokens of the shared prefix. Source: LLaMA (arXiv 2302.13971), GQA (2305.13245
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from linear import onednn, onednn_is_faster
 
@@ -57,9 +58,9 @@ class Chunked(torch.autograd.Function):
         dv = p^T dy        ds = p * (dy v^T - sum_hd(dy * y))        dq = ds k / sqrt(hd)
                                                                      dk = ds^T q / sqrt(hd)
 
-    With 3 query heads to a key head two cores with AVX-512 take 0.5 to 0.6 of the fused kernel's
-    time, with one nearly all of it (float32, tests/BENCH.md). Inside, N = B K, and the G heads of
-    one key head are G times as many queries to the same keys.
+    Two cores with AVX-512 take 0.5 to 0.6 of the fused kernel's time for 3 query heads to a key
+    head, and for one query head to each nearly all of it (float32, tests/BENCH.md). Inside, N = B
+    K, and the G heads of one key head are G times as many queries to the same keys.
     """
 
     @staticmethod
@@ -79,6 +80,7 @@ class Chunked(torch.autograd.Function):
         return y.view(ctx.shape).to(ctx.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, y = ctx.saved_tensors
         hd = q.size(-1)

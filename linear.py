@@ -13,6 +13,9 @@ of the time (all measured on two cores of an EPYC with AVX-512, tests/BENCH.md).
 float16: PyTorch's own kernel again, which takes as long for each of many rows; those are multiplied
 in float32.
 
+The two switches, of oneDNN, are the process's: two threads that multiply at a time can leave them
+as the other found them. Left out: autocast, torch.func.
+
 Letters: M rows, K inputs, N outputs.
 """
 
@@ -29,10 +32,8 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 HALF_ROWS = 4  # the most that are multiplied in float16
 PARTS = 16  # of W for one row: so many threads can have work; it divides every usual N
 LEAST_PARTED = 1 << 16  # numbers of W; one so small is in the cache, where the parts gain nothing
-# oneDNN pays from so many M K N, since a call costs it some 12 microseconds more, and a new M its
-# compilation; or of a weight from so many K N, which it reads faster from memory, for any M
-LEAST_PRODUCTS = 1 << 23
-LEAST_WEIGHTS = 1 << 19
+LEAST_PRODUCTS = 1 << 23  # M K N from which oneDNN pays: a call costs 12 us more, a new M compiles
+LEAST_WEIGHTS = 1 << 19  # K N from which it pays for any M: most of the time W is being read
 
 
 class Linear(nn.Linear):
@@ -44,14 +45,12 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
     """Same as F.linear: x (..., K), W (N, K), bias (N,) -> (..., N)."""
-    M = prod(x.shape[:-1])
     if x.device.type != "cpu":
         return F.linear(x, W, bias)
-    if x.dtype == torch.float16 and M > HALF_ROWS:
-        return linear(x.float(), W.float(), None if bias is None else bias.float()).half()
+    M = prod(x.shape[:-1])
     if M == 1:
         y = one_row(x, W)
-    elif onednn_pays(x, W):
+    elif half_is_slow(x.dtype, M) or onednn_pays(x, W):
         y = _Product.apply(x.reshape(M, x.size(-1)), W).view(*x.shape[:-1], len(W))
     else:
         return F.linear(x, W, bias)
@@ -60,7 +59,8 @@ def linear(x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def one_row(x: Tensor, W: Tensor) -> Tensor:
     """x W^T of a single row x (..., K), in the time that it takes to read W."""
-    if x.dtype == torch.float32 and W.numel() >= LEAST_PARTED and len(W) % PARTS == 0:
+    parts = W.numel() >= LEAST_PARTED and len(W) % PARTS == 0 and W.is_contiguous()
+    if parts and x.dtype == torch.float32:
         column = x.reshape(1, -1).T  # (K, 1); x.reshape(-1, 1) takes MKL four times as long
         y = torch.bmm(W.unflatten(0, (PARTS, -1)), column.expand(PARTS, -1, -1))
         return y.view(*x.shape[:-1], len(W))
@@ -94,12 +94,17 @@ class _Product(torch.autograd.Function):
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Same as a @ b for matrices (M, K) and (K, N), without a gradient."""
-    if a.dtype == torch.float16 and a.device.type == "cpu" and len(a) > HALF_ROWS:
+    if a.device.type == "cpu" and half_is_slow(a.dtype, len(a)):
         return matmul(a.float(), b.float()).half()
     if not onednn_pays(a, b.T):
         return a @ b
     with onednn():
         return a @ b
+
+
+def half_is_slow(dtype: torch.dtype, M: int) -> bool:
+    """Are these so many rows of float16 that they are multiplied in float32?"""
+    return dtype == torch.float16 and M > HALF_ROWS
 
 
 def onednn_pays(x: Tensor, W: Tensor) -> bool:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from chat import Chat
 from linear import matmul
@@ -193,7 +194,8 @@ class SlicedNLL(torch.autograd.Function):
     def forward(ctx, x: Tensor, W: Tensor, targets: Tensor) -> Tensor:
         nats = torch.zeros((), device=x.device)
         gradient = []
-        ctx.dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
+        needs_x, needs_W = ctx.needs_input_grad[:2]
+        ctx.dW = torch.zeros_like(W) if needs_W else None
         boost = ctx.boost = BOOST.get(x.dtype, 1)
         rows = max(1, SLICE[x.device.type] // len(W))
         for part, target in zip(x.split(rows), targets.split(rows), strict=True):
@@ -203,15 +205,18 @@ class SlicedNLL(torch.autograd.Function):
             exp = logits.sub_(most).exp_()  # in place: the slice is the largest tensor there is
             mass = exp.sum(-1, keepdim=True)
             nats += (mass.log() - chosen).sum()
-            if ctx.needs_input_grad[0]:
+            if needs_x or needs_W:
                 exp.div_(mass / boost)[torch.arange(len(exp), device=x.device), target] -= boost
-                gradient.append(matmul(exp.to(x.dtype), W))
-                if ctx.dW is not None:
-                    ctx.dW.addmm_(exp.to(x.dtype).T, part)
-        ctx.gradient = torch.cat(gradient) if gradient else None
+                error = exp.to(x.dtype)
+            if needs_x:
+                gradient.append(matmul(error, W))
+            if needs_W:
+                ctx.dW += matmul(error.T, part)
+        ctx.dx = torch.cat(gradient) if gradient else None
         return nats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dnats: Tensor):
         scale = dnats / ctx.boost
-        return ctx.gradient * scale, None if ctx.dW is None else ctx.dW * scale, None
+        return *(d if d is None else d * scale for d in (ctx.dx, ctx.dW)), None

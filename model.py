@@ -212,10 +212,17 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
+    def _apply(self, fn, recurse: bool = True):
+        """Follow .to(device), but not .to(dtype): large positions need the digits of float32."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = exact.to(self.frequencies.device)
+        return self
+
     def rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin (..., hd) at positions (...). The first half of sin is negative, which makes
         x cos + roll(x) sin = (x1 cos - x2 sin, x2 cos + x1 sin) three operations."""
-        angle = positions[..., None] * self.frequencies  # float32, large positions need its digits
+        angle = positions[..., None] * self.frequencies
         cos = angle.cos().to(dtype)
         sin = angle.sin().to(dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 import loss
 from chat import Chat
@@ -175,7 +176,8 @@ class SlicedKL(torch.autograd.Function):
     def forward(ctx, x: Tensor, W: Tensor, taught: Tensor, U: Tensor) -> Tensor:
         nats = torch.zeros((), device=x.device)
         gradient = []
-        ctx.dW = torch.zeros_like(W) if ctx.needs_input_grad[1] else None
+        needs_x, needs_W = ctx.needs_input_grad[:2]
+        ctx.dW = torch.zeros_like(W) if needs_W else None
         boost = ctx.boost = BOOST.get(x.dtype, 1)
         rows = max(1, loss.SLICE[x.device.type] // (3 * len(W)))
         for part, seen in zip(x.split(rows), taught.split(rows), strict=True):
@@ -183,18 +185,20 @@ class SlicedKL(torch.autograd.Function):
             log_p = matmul(seen, U.T).float().log_softmax(-1)
             p = log_p.exp()
             nats += log_p.sub_(log_q).mul_(p).sum()
-            if ctx.needs_input_grad[0]:
+            if needs_x or needs_W:
                 error = log_q.exp_().sub_(p).mul_(boost).to(x.dtype)
+            if needs_x:
                 gradient.append(matmul(error, W))
-                if ctx.dW is not None:
-                    ctx.dW.addmm_(error.T, part)
-        ctx.gradient = torch.cat(gradient) if gradient else None
+            if needs_W:
+                ctx.dW += matmul(error.T, part)
+        ctx.dx = torch.cat(gradient) if gradient else None
         return nats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dnats: Tensor):
         scale = dnats / ctx.boost
-        return ctx.gradient * scale, None if ctx.dW is None else ctx.dW * scale, None, None
+        return *(d if d is None else d * scale for d in (ctx.dx, ctx.dW)), None, None
 
 
 def lesson(model: Llama, twins: list[Twin]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """linear is F.linear to the last digits of float32, with its gradients, by whichever library."""
 
 from contextlib import nullcontext
+from math import prod
 
 import pytest
 import torch
@@ -20,22 +21,29 @@ from linear import (
 )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+    return torch.randn(*shape)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm()).item()
+    return (found.double() - exact).norm().item() / max(exact.norm().item(), 1e-9)
 
 
-@pytest.mark.parametrize("rows", [(1,), (2, 3), (130,)])
-@pytest.mark.parametrize("K, N", [(16, 24), (600, 500)], ids=["small", "large"])
+@pytest.mark.parametrize("rows", [(0,), (2, 0), (1,), (2,), (2, 3), (130,)])
+@pytest.mark.parametrize("K, N", [(16, 24), (600, 900)], ids=["small", "large"])
 def test_a_product_keeps_the_digits_of_float32(rows, K, N):
     """On whatever processor this runs: rounded to bfloat16 the error would be 2e-3."""
     x, W, b = draw(*rows, K), draw(N, K), draw(N)
     exact = x.double() @ W.double().T
-    assert error(linear(x, W, b), exact + b) < 2e-6
-    assert error(matmul(x.view(-1, K), W.T), exact.view(-1, N)) < 2e-6
+    y = linear(x, W, b)
+    assert y.shape == exact.shape
+    assert error(y, exact + b) < 2e-6
+    assert error(matmul(x.reshape(prod(rows), K), W.T), exact.view(prod(rows), N)) < 2e-6
 
 
 @pytest.mark.parametrize("N", [496, 500], ids=["in_parts", "whole"])
@@ -55,6 +63,23 @@ def test_one_row_of_a_large_weight_and_its_gradients(shape, dtype, N):
     ours = torch.autograd.grad(y, (x, W, b), dy)
     for found, wanted in zip(ours, torch.autograd.grad(exact, (x, W, b), dy.double()), strict=True):
         assert error(found, wanted.double()) < digits
+
+
+def test_which_way_a_row_goes(monkeypatch):
+    """float32 in parts, if W is large and lies row by row; bfloat16 not to oneDNN."""
+    W, x = draw(512, 640), draw(1, 640).requires_grad_()
+    for weight, parts in ((W, True), (W[:, :64], False), (W.T.contiguous().T, False)):
+        graph = [linear(x[:, : weight.size(1)], weight).grad_fn]
+        names = [node.name() for node in graph]
+        while graph:
+            graph = [child for node in graph for child, _ in node.next_functions if child]
+            names += [node.name() for node in graph]
+        assert any("Bmm" in name for name in names) == parts
+    seen = []
+    monkeypatch.setattr(F, "linear", lambda *_: seen.append(torch.backends.mkldnn.enabled))
+    linear(x.bfloat16(), W.bfloat16())
+    linear(x.double(), W.double())
+    assert seen == [False, True]
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16, torch.float16])
@@ -94,7 +119,8 @@ def test_gradients_are_those_of_F_linear(needs, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types_are_left_alone(dtype):
+def test_many_rows_of_other_types_go_to_pytorch(dtype):
+    """bfloat16 and float64 are F.linear's to the bit."""
     x, W = draw(200, 200).to(dtype), draw(200, 200).to(dtype)
     assert torch.equal(linear(x, W), F.linear(x, W))
     assert torch.equal(matmul(x, W), x @ W)
@@ -106,7 +132,7 @@ def test_many_rows_of_float16_are_multiplied_in_float32():
     exact = x.double() @ W.double().T + b
     assert error(linear(x[:1], W, b), exact[:1]) < 5e-4
     y = linear(x.requires_grad_(), W, b)
-    assert torch.equal(y, F.linear(x.float(), W.float(), b.float()).half())
+    assert torch.equal(y, F.linear(x.float(), W.float()).half() + b)
     assert error(y, exact) < 5e-4
     y.sum().backward()
     assert error(x.grad, W.double().sum(0).expand(9, -1)) < 1e-3
@@ -118,7 +144,8 @@ def test_a_layer_loads_and_computes_like_nn_linear():
     theirs = torch.nn.Linear(600, 500)
     ours = Linear(600, 500)
     ours.load_state_dict(theirs.state_dict())
-    torch.testing.assert_close(ours(draw(4, 600)), theirs(draw(4, 600)), rtol=0, atol=1e-5)
+    x = draw(4, 600)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
 
 
 def test_the_settings_are_put_back():
