@@ -27,7 +27,8 @@ def held_out_records(run: Run, records: list[Record]) -> list[Record]:
     _, held_out = runs.split_records(records, run.samples, run.held_out)
     held_out = [record for record in held_out if not record.overlong]
     if not held_out:
-        told = "no held-out conversation fits the context; lower --max-turns, with another --out"
+        cure = "lower --max-turns or shorten the messages of --inputs, with another --out"
+        told = f"no held-out conversation fits the context; {cure}"
         raise ValueError(f"{run.folder}: {told}")
     return held_out
 

@@ -153,7 +153,7 @@ def guess_task(args) -> str:
     """By the name of the prompt file, or else the task of the run that --from names."""
     said = args.earlier and args.earlier / "args.json"
     earlier = read_json(said, ELSEWHERE).get("task") if said and said.exists() else None
-    return next((task for task in (args.prompt.stem, earlier) if task in TASKS), "any")
+    return next((task for task in (args.prompt.stem, earlier) if task in list(TASKS)), "any")
 
 
 def settled_dtype(args) -> str:

@@ -167,6 +167,8 @@ def measure(
     before: the folder of an earlier adapter, which sits the exam too.
     """
     clock = time.perf_counter()
+    if before and not (before / "adapter_config.json").exists():
+        raise ValueError(f"{before} has no adapter; give the --out of an earlier run as --before")
     model, chat = open_model(run, loaded)
     records, seconds = runs.load_records(run)
     held_out = held_out_records(run, records)
@@ -295,6 +297,7 @@ def report(
     run = runs.load_run(folder, device, model)
     found = measure(run, loaded, users, before)
     page = markdown(found, folder.name).translate(UNSEEN)
+    print(f"\n{page}")
     try:
         write_json(folder / "report.json", found)
         write_text(folder / "report.md", page)
@@ -302,18 +305,22 @@ def report(
         write_text(folder / "report.svg", picture.draw(found, rows, folder.name).translate(UNSEEN))
     except OSError as error:
         raise ValueError(f"{folder}: {error}; free some space and run it again") from None
-    print(f"\n{page}")
 
 
 # ---------------------------------------------------------------------------------- the command
 
 
+HELD = "args.json", "config.json", "*.safetensors*", "chat_template.jinja"  # a run or a model
+
+
 def write_merged(folder: Path, target: Path, device: str | None, model: str | None) -> None:
     """Write the base of a run with its adapter folded in, as a plain checkpoint that needs no LoRA.
 
-    Raises: ValueError if the target is the base's own folder.
+    Raises: ValueError if the target is the base's own folder, or holds a run or another model.
     """
     run = runs.load_run(folder, device, model)
+    if taken := [file.name for name in HELD for file in sorted(target.glob(name))]:
+        raise ValueError(f"{target} holds {taken[0]} already; choose another folder for --merge")
     lora.save_dense(open_model(run)[0], target, run.base)
     print(f"{target}: {run.model} with the adapter of {folder} folded in")
 

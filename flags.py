@@ -44,7 +44,7 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
-WHOLE = number(int, 1)
+WHOLE = number(int, 1, 10**9)
 SEED = number(int, 0, 2**32)
 SHARE = number(float, 0, 1)
 

@@ -86,6 +86,8 @@ def parse_prompt(text: str, name: str = "prompt") -> Prompt:
     markers = pieces[::2]
     texts = [piece.strip() for piece in pieces[1::2]]
     check_markers(before, markers, name)
+    if set(texts) <= {"", "{user_input}"}:
+        raise ValueError(f"{name}: nothing but <USER>: and <AGENT>: lines; write what they say")
     turns = tuple((ROLES[marker], said) for marker, said in zip(markers, texts, strict=True))
     return Prompt(text, turns[:-1], opening=texts[-1])
 

@@ -289,7 +289,8 @@ def read_made(folder: Path, flags: dict) -> dict[str, str]:
 
 def check_earlier(folder: Path, flags: dict) -> None:
     """Raise ValueError if the adapter of a run is not finished, or does not fit these flags."""
-    before = read_json(folder / "args.json", "give the --out of an earlier run as --from")
+    sizes = {"samples": int, "held_out": int}
+    before = read_json(folder / "args.json", "give the --out of an earlier run as --from", sizes)
     if changed := told_apart(SAME_KIND, flags, before):
         told = f"{folder} is a run of another kind: {', '.join(changed)}"
         raise ValueError(f"{told}; give its flags, or no --from")
@@ -375,9 +376,10 @@ def load_records(run: Run) -> tuple[list[Record], dict]:
         told = f"{len(records)} of {len(made.inputs)} records are there"
         raise ValueError(f"{run.folder}: {told}; genpi.py with the same flags makes the others")
     metrics = run.folder / "metrics.jsonl"
-    if not metrics.exists():
+    steps = [row["step"] for row in read_metrics(metrics)] if metrics.exists() else []
+    if not steps or steps != list(range(1, len(steps) + 1)):
         cure = "delete adapter_config.json and checkpoint/, and genpi.py trains anew"
-        raise ValueError(f"{metrics} is missing; {cure}")
+        raise ValueError(f"{metrics} is missing, or not every step is in it; {cure}")
     synth = made.seconds + sum(record.seconds for record in records)
     if (run.folder / COVER / "inputs.json").exists():
         synth += read_inputs(run.folder / COVER / "inputs.json").seconds

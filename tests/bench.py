@@ -30,7 +30,8 @@ records of `python genpi.py --prompt os.txt` (fixtures/records.jsonl), on a GPU 
 Ours and the peer's take turns, --rounds times, each in a process of its own, since peak memory
 belongs to a process. Printed are medians (smallest to largest); --out takes all values as JSON.
 The peer gets what favours it: our micro-batches, so no more padding than ours, fused attention, and
-the loss and the cache of its own library. Both must find the same loss.
+the loss and the cache of its own library. Both must find the same loss. The seconds of writing
+include those of reading the prompt.
 
 Needs beyond requirements.txt: transformers and peft; bitsandbytes on a GPU.
 """
@@ -123,7 +124,10 @@ def race(settings: dict, rounds: int, found: dict) -> None:
     for who in sides:
         print(f"{settings['name']:<28} {who:<5} {key} {spread([r[key] for r in rows[who]])}")
     if "loss" in one:
-        print(f"{'':<28} loss (SFT, PG)", *(rows[who][0]["loss"] for who in sides))
+        losses = [rows[who][0]["loss"] for who in sides]
+        print(f"{'':<28} loss (SFT, PG)", *losses)
+        if any(abs(a / b - 1) > 0.005 for a, b in zip(losses[0], losses[-1], strict=True)):
+            sys.exit("the two sides do not compute the same loss")
     if len(sides) == 2:
         ratio = [a[key] / b[key] for a, b in zip(*rows.values(), strict=True)]
         ratio = [1 / r for r in ratio] if key == "microseconds" else ratio

@@ -208,7 +208,9 @@ class Ids:
 
 
 def generation(args) -> dict:
-    """rows x new greedy tokens after a prompt of which `shared` tokens are the same in all rows."""
+    """rows x new greedy tokens after a prompt of which `shared` tokens are the same in all rows,
+    by the time of reading and writing.
+    """
     model = (load_peer if args.who == "peer" else load_ours)(args, adapter=args.who == "adapter")
     model.eval()
     if args.who == "packed":
@@ -229,8 +231,7 @@ def generation(args) -> dict:
             out = model.generate(batch, attention_mask=torch.ones_like(batch), **options)
         return out[:, ids.size(1) :].tolist()
 
-    if args.device == "cuda":
-        write(args.new)  # compiles, captures, picks algorithms
+    write(args.new if args.device == "cuda" else 2)  # compiles, captures, picks algorithms
     seconds, rows = timed(args.device, lambda: write(args.new))
     assert [len(row) for row in rows] == [args.new] * args.rows
     rate = args.rows * args.new / seconds
@@ -279,7 +280,7 @@ def grows(args) -> dict:
     model = load_ours(args, adapter=True)
     optimizer = torch.optim.AdamW(lora.adapter_parameters(model), lr=1e-4)
     sft, pg = batch_of(args, args.records, times=args.times)
-    p = max(pg, key=len).ids[-args.times * 380 :]
+    p = args.times * Chat(ROOT / "tiny", 8192).tokens((ROOT / "os.txt").read_text("utf-8"))
     recipe = recipe_of(args)
 
     def step():

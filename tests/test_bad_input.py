@@ -141,6 +141,7 @@ def raises(error):
         (b"<USER>:\nA\n<USER>:\nB", ["turn 2", "<USER>:", "must alternate"]),
         (b"<USER>:\nA\n<AGENT>:\nB\n", ["last turn", "<AGENT>:", "end with an open <USER>:"]),
         (b"Hi\n<USER>:\nA", ["before the first <USER>:", "begin the file with <USER>:"]),
+        (b"<USER>:\n<AGENT>:\n<USER>:\n{user_input}", ["nothing but", "write what they say"]),
     ],
 )
 def test_a_file_that_is_no_prompt(run, tmp_path, content, words):
@@ -221,9 +222,10 @@ def test_a_terminal_that_cannot_show_a_letter(run, out, tmp_path, monkeypatch):
 
 
 LIMITS = {
-    **dict.fromkeys(["--samples 0", "--samples -3", "--held-out 0", "--slots 0"], "at least 1"),
-    **dict.fromkeys(["--max-turns 0", "--batch 0", "--rank 0"], "at least 1"),
-    **dict.fromkeys(["--micro-tokens 0", "--save-every 0", "--max-new-tokens 0"], "at least 1"),
+    **dict.fromkeys(["--samples 0", "--samples -3", "--held-out 0", "--slots 0"], "1 to"),
+    **dict.fromkeys(["--max-turns 0", "--batch 0", "--rank 0"], "1 to"),
+    **dict.fromkeys(["--micro-tokens 0", "--save-every 0", "--max-new-tokens 0"], "1 to"),
+    **dict.fromkeys(["--slots 9999999999", "--samples 9999999999"], "1 to 1000000000"),
     **dict.fromkeys(["--lam 1.5", "--lam -0.1", "--lam nan", "--warmup 2"], "0 to 1"),
     "--weight-decay nan": "0 to 1",
     **dict.fromkeys(["--lr 1e+38", "--lr inf"], "1e-12 to 1"),
@@ -667,6 +669,16 @@ def test_a_last_line_of_metrics_cut_short(run, report, again, finished):
     assert run("--out", unfinish(again))[0] == 0 and adapter(again) == adapter(finished)
 
 
+@pytest.mark.parametrize("lost", [slice(0, None), slice(0, 1)], ids=["all", "the first"])
+def test_lines_of_metrics_that_are_gone(report, again, lost):
+    """What training took is not known from a part of metrics.jsonl."""
+    path = again / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    del lines[lost]
+    path.write_text("".join(lines))
+    complaint(report(again), path, "not every step", "trains anew")
+
+
 @pytest.mark.parametrize("line", ["{", "[]", "{}", "\xff"])
 def test_a_corrupt_line_of_metrics(run, report, again, line):
     """Another corrupt line of metrics.jsonl is named."""
@@ -716,13 +728,27 @@ def test_an_unfinished_run(run, again, flag):
 
 
 def test_a_folder_for_the_merged_model(run, again, checkpoint):
-    """--merge writes a checkpoint that loads; into the base's own folder it is refused."""
+    """--merge writes a checkpoint that loads; where a model or a run lies it is refused."""
     ended = run("--run", again, "--merge", checkpoint, main=evaluate.main)
     complaint(ended, checkpoint, "choose another folder")
+    before = files(again)
+    complaint(run("--run", again, "--merge", again, main=evaluate.main), again, "another folder")
+    assert files(again) == before
     merged = again / "merged"
     code, stdout, _ = run("--run", again, "--merge", merged, main=evaluate.main)
     assert code == 0 and str(merged) in stdout
     load_model(merged, "cpu", bits=16)
+    ended = run("--run", again, "--merge", merged, main=evaluate.main)
+    complaint(ended, merged, "config.json", "another folder")
+
+
+def test_an_earlier_run_that_is_none(run, report, again, tmp_path):
+    """--before is looked at before anything is measured, what --from says before it is used."""
+    ended = run("--run", again, "--before", tmp_path, main=evaluate.main)
+    complaint(ended, tmp_path, "--before")
+    args = again / "args.json"
+    args.write_text(args.read_text().replace('"samples": 3', '"samples": "3"'))
+    complaint(run("--out", tmp_path / "new", "--from", again), args, "samples", "--from")
 
 
 # ------------------------------------------------------------------------------------------- chat

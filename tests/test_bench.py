@@ -1,4 +1,4 @@
-"""bench.py: each figure can be measured by a command; what it counts is counted right."""
+"""bench.py: figures are measured by a command; what it counts is counted right."""
 
 import json
 import subprocess

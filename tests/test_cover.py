@@ -8,9 +8,18 @@ import pytest
 
 import cover
 from cover import ROUNDS, cover_rules
-from files import write_json
+from files import write_json, write_rows
 from prompt import END, TASKS, parse_prompt
-from runs import COVER, Inputs, Record, append_record, covering_records, load_records, read_inputs
+from runs import (
+    COVER,
+    Inputs,
+    Record,
+    Step,
+    append_record,
+    covering_records,
+    load_records,
+    read_inputs,
+)
 from synth import Plan
 
 PROMPT = parse_prompt("Rule one.\n\nRule two.\n\nRule three.")
@@ -122,7 +131,7 @@ def test_what_coverage_took_is_part_of_the_cost(tmp_path):
     folder.mkdir()
     write_json(tmp_path / "inputs.json", asdict(Inputs(seconds=2.0, inputs=["a one"])))
     append_record(tmp_path / "data.jsonl", replace(SAMPLES[0], seconds=3.0))
-    (tmp_path / "metrics.jsonl").write_text("")
+    write_rows(tmp_path / "metrics.jsonl", [asdict(Step(1, 1.0, 1.0, 1.0, 1e-3, 9, 10.0))])
     before = load_records(SimpleNamespace(folder=tmp_path))[1]["synth"]
     write_json(folder / "inputs.json", asdict(Inputs(seconds=7.0, inputs=["x"])))
     append_record(folder / "data.jsonl", Record(0, "x", ["Act: finish"], seconds=11.0))

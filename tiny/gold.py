@@ -24,7 +24,10 @@ from rules import OS_RULES, obey, problem_for
 from world import random_problem, surprise
 
 from experiments.pool import Example, write_pool
+from flags import SEED, WHOLE, Flags, exit_code
 from runs import Record
+
+TRIES = 10000  # in a row, to find one more record
 
 
 def needs(problem):
@@ -55,29 +58,36 @@ def gold(n, plain, tested, seed):
     rng, seen, pool = random.Random(f"gold-{seed}"), set(), []
     for held_out, of_rule, of_none in ((False, n, plain), (True, tested, tested)):
         for rule in (None, *OS_RULES):
-            left = of_rule if rule else of_none
+            left, tries = of_rule if rule else of_none, 0
             while left:
+                tries += 1
+                if tries > TRIES:
+                    raise ValueError(f"{left} of the records that were asked for cannot be found; lower their number")
                 problem = problem_for(rng, [rule], share=1) if rule else random_problem(rng, surprise(rng))
                 shown = needs(problem)
                 if problem.wish not in seen and (rule.line in shown if rule else not shown):
                     seen.add(problem.wish)
                     pool.append(example(rng, len(pool), problem, held_out))
-                    left -= 1
+                    left, tries = left - 1, 0
     return pool
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command(argv):
+    parser = Flags(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the pool, as JSON lines")
-    parser.add_argument("--records", type=int, default=24, help="to train on for each rule")
-    parser.add_argument("--plain", type=int, default=256, help="to train on that show no rule")
-    parser.add_argument("--tested", type=int, default=16, help="held out for each rule")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    parser.add_argument("--records", type=WHOLE, default=24, help="to train on for each rule")
+    parser.add_argument("--plain", type=WHOLE, default=256, help="to train on that show no rule")
+    parser.add_argument("--tested", type=WHOLE, default=16, help="held out for each rule")
+    parser.add_argument("--seed", type=SEED, default=0)
+    args = parser.parse_args(argv)
     pool = gold(args.records, args.plain, args.tested, args.seed)
     write_pool(args.out, pool)
     print(f"{args.out}: {len(pool)} records")
 
 
+def main(argv=None):
+    return exit_code(command, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

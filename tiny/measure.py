@@ -40,6 +40,7 @@ import world
 from corpus import OS, os_prompt, random_examples, random_prompt, random_protocol
 from rules import FAMILIES, OS_RULES, obey, obeyed, problem_for, random_rules
 
+from flags import SEED, WHOLE, Flags, exit_code
 from lora import adapter_off
 from model import load_model
 from prompt import (
@@ -382,20 +383,20 @@ def print_table(rates, values):
         print(f"{name:<46}{value}")
 
 
-def main():
-    parser = argparse.ArgumentParser(
+def command(argv):
+    parser = Flags(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(HERE), help="checkpoint folder")
     parser.add_argument("--run", type=Path, help="run folder of genpi.py: measure its adapter")
     parser.add_argument("--bits", type=int, default=16, choices=(4, 16), help="4: blocks in NF4")
-    parser.add_argument("--problems", type=int, default=204, help="a multiple of the kinds")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--problems", type=WHOLE, default=204, help="a multiple of the kinds")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--json", type=Path, help="write the table here too, with some misses")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     n = len(world.KINDS)
     if args.problems < n or args.problems % n:
-        parser.error(f"--problems {args.problems}: not a multiple of the {n} kinds; take {6 * n}")
+        raise ValueError(f"--problems {args.problems}: not a multiple of {n}, the kinds; take {6 * n}")
     clock = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.run:
@@ -413,5 +414,9 @@ def main():
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
+def main(argv=None):
+    return exit_code(command, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
