@@ -2,16 +2,18 @@
 
 Many rows: PyTorch hands a float32 product on a CPU to Intel's MKL, which on an AMD processor uses
 half the width of its vector units. oneDNN, which multiplies PyTorch's bfloat16, uses all of it:
-products of some size take 0.45 of the time. PyTorch asks it for a float32 product only if the
+products of some size take half of the time. PyTorch asks it for a float32 product only if the
 factors may be rounded to bfloat16. Rounded they are where the processor has a unit for it (AMX),
 and nowhere else; so that is tried, once, and where digits are lost float32 stays with MKL.
 
 One row: it takes as long as W takes to come from memory. MKL reads W with one thread, so float32
-goes to it in parts; oneDNN reads bfloat16 at half the speed of PyTorch's own kernel. 0.4 and 0.55
-of the time (all measured on two cores of an EPYC with AVX-512, tests/BENCH.md).
+goes to it in parts; oneDNN reads bfloat16 at half the speed of PyTorch's own kernel. Either way
+takes 0.4 of the time.
 
 float16: PyTorch's own kernel again, which takes as long for each of many rows; those are multiplied
 in float32.
+
+All this is measured on two cores of an EPYC with AVX-512 (tests/BENCH.md), and nowhere else.
 
 The two switches, of oneDNN, are the process's: two threads that multiply at a time can leave them
 as the other found them. Left out: autocast, torch.func.
@@ -33,7 +35,7 @@ HALF_ROWS = 4  # the most that are multiplied in float16
 PARTS = 16  # of W for one row: so many threads can have work; it divides every usual N
 LEAST_PARTED = 1 << 16  # numbers of W; one so small is in the cache, where the parts gain nothing
 LEAST_PRODUCTS = 1 << 23  # M K N from which oneDNN pays: a call costs 12 us more, a new M compiles
-LEAST_WEIGHTS = 1 << 19  # K N from which it pays for any M: most of the time W is being read
+LEAST_WEIGHTS = 1 << 18  # K N from which it pays for any M: most of the time W is being read
 
 
 class Linear(nn.Linear):

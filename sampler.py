@@ -116,7 +116,7 @@ def pick(logits: torch.Tensor, u: torch.Tensor, temperature: float, top_p: float
 def sort_falling(p: torch.Tensor) -> torch.Tensor:
     """Each row of p (R, V) from its largest number to its smallest."""
     if p.device.type == "cpu":
-        return torch.from_numpy(np.sort(p.numpy())).flip(-1)
+        return torch.from_numpy(np.sort(p.detach().numpy())).flip(-1)
     return p.sort(-1, descending=True).values
 
 
