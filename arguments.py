@@ -153,7 +153,8 @@ def guess_task(args) -> str:
     """By the name of the prompt file, or else the task of the run that --from names."""
     said = args.earlier and args.earlier / "args.json"
     earlier = read_json(said, ELSEWHERE).get("task") if said and said.exists() else None
-    return next((task for task in (args.prompt.stem, earlier) if task in list(TASKS)), "any")
+    known = list(TASKS)  # where any value of JSON can be looked for
+    return next((task for task in (args.prompt.stem, earlier) if task in known), "any")
 
 
 def settled_dtype(args) -> str:

@@ -59,8 +59,9 @@ class Chunked(torch.autograd.Function):
                                                                      dk = ds^T q / sqrt(hd)
 
     Two cores with AVX-512 take 0.5 to 0.6 of the fused kernel's time for 3 query heads to a key
-    head, and for one query head to each nearly all of it (float32, tests/BENCH.md). Inside, N = B
-    K, and the G heads of one key head are G times as many queries to the same keys.
+    head, and for one query head to each nearly all of it (float32, tests/BENCH.md). A second
+    derivative, to which what is kept of q, k, v and y would be constants, is refused. Inside, N =
+    B K, and the G heads of one key head are G times as many queries to the same keys.
     """
 
     @staticmethod

@@ -82,7 +82,7 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.alpha / self.rank * F.linear(low, self.lora_B.to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same as by_definition, without a second tensor of y's size; W x alone if not enabled."""
+        """Same as by_definition, with B A x added in place to W x; W x alone if not enabled."""
         if not self.enabled:
             return self.base(x)
         rows = x.reshape(-1, self.in_features)

@@ -185,9 +185,10 @@ class SlicedNLL(torch.autograd.Function):
         d nll / d logits = softmax - one-hot,       d nll / d x = (softmax - one-hot) W
 
     as soon as its loss, so the forward pass keeps this (N, D) and nothing of the size of N V (with
-    --full, where W is not frozen, d nll / d W = (softmax - one-hot)^T x as well). The
-    difference is taken in float32: near the end of training both are nearly 1. In float16 most of
-    a softmax would be 0, so there the gradient is kept BOOST times as large.
+    --full, where W is not frozen, d nll / d W = (softmax - one-hot)^T x as well). The difference is
+    taken in float32: near the end of training both are nearly 1. In float16 most of a softmax would
+    be 0, so there the gradient is kept BOOST times as large. A second derivative, to which it would
+    be a constant, is refused.
     """
 
     @staticmethod

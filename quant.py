@@ -325,15 +325,15 @@ def _unpack(q: NF4Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _multiply_codes(x: Tensor, q: NF4Weight) -> Tensor:
-    """Same as nf4_matmul_by_definition for 1 to 64 rows and K a multiple of 64, without W."""
+    """Same as nf4_matmul_by_definition for 1 to 64 rows x (M, K), K a multiple of 64, without W."""
     n_out, k = q.shape
     x = x.contiguous()
     tiles = triton.cdiv(n_out, OUTPUTS)
     cuts = max(1, PROGRAMS // tiles)  # of K
     per_part = max(PART_BLOCKS, triton.cdiv(k // BLOCK, cuts))
     parts = triton.cdiv(k // BLOCK, per_part)
-    whole = (len(x), n_out)
-    y = x.new_empty(*whole) if parts == 1 else x.new_empty(parts, *whole, dtype=torch.float32)
+    shape = (len(x), n_out)
+    y = x.new_empty(*shape) if parts == 1 else x.new_empty(parts, *shape, dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(len(x)))  # tensor cores take 16 rows at a time
     sizes = (len(x), n_out, k, padded, per_part)
     _multiply_kernel[tiles, parts](_pointers(q), x, y, *sizes, num_warps=1)

@@ -289,8 +289,8 @@ def read_made(folder: Path, flags: dict) -> dict[str, str]:
 
 def check_earlier(folder: Path, flags: dict) -> None:
     """Raise ValueError if the adapter of a run is not finished, or does not fit these flags."""
-    sizes = {"samples": int, "held_out": int}
-    before = read_json(folder / "args.json", "give the --out of an earlier run as --from", sizes)
+    needed = {"samples": int, "held_out": int}
+    before = read_json(folder / "args.json", "give the --out of an earlier run as --from", needed)
     if changed := told_apart(SAME_KIND, flags, before):
         told = f"{folder} is a run of another kind: {', '.join(changed)}"
         raise ValueError(f"{told}; give its flags, or no --from")

@@ -58,7 +58,8 @@ def gold(n, plain, tested, seed):
     rng, seen, pool = random.Random(f"gold-{seed}"), set(), []
     for held_out, of_rule, of_none in ((False, n, plain), (True, tested, tested)):
         for rule in (None, *OS_RULES):
-            left, tries = of_rule if rule else of_none, 0
+            left = of_rule if rule else of_none
+            tries = 0
             while left:
                 tries += 1
                 if tries > TRIES:
@@ -68,7 +69,8 @@ def gold(n, plain, tested, seed):
                 if problem.wish not in seen and (rule.line in shown if rule else not shown):
                     seen.add(problem.wish)
                     pool.append(example(rng, len(pool), problem, held_out))
-                    left, tries = left - 1, 0
+                    left -= 1
+                    tries = 0
     return pool
 
 
